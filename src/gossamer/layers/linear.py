@@ -1,0 +1,177 @@
+"""The one linear layer: a packed weight, a bias, and a list of low-rank terms that are added before rounding.
+
+    W_eff = unpack(packed) + sum_i scale_i * up_i @ down_i      float32 (out, in), then rounded once to the compute type
+    b_eff = bias + sum_i scale_i * bias_i                       likewise (out,)
+    y     = x @ W_eff.T + b_eff                                 returned in the type of x
+
+The packed bytes are never written to, so removing every term leaves the layer exactly as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gossamer.errors import AdapterError
+from gossamer.formats import Packed
+from gossamer.layers.low_rank import LowRank
+from gossamer.layers.stored import StoredWeight
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose storage and compute types are independent.
+
+    `in_features` may be wider than the packed weight (see `widen`); the missing columns are zero. `.to(device)` moves
+    everything; `.to(dtype)` changes the compute type and the bias, never the packed bytes or the adapters.
+    """
+
+    def __init__(
+        self,
+        weight: Packed | StoredWeight,
+        bias: torch.Tensor | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.stored = weight if isinstance(weight, StoredWeight) else StoredWeight(weight)
+        self.out_features, self.in_features = self.stored.shape
+        self.compute = compute
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._adapters: dict[str, LowRank] = {}
+
+    @property
+    def packed(self) -> Packed:
+        """The stored bytes of the base weight."""
+        return self.stored.packed
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W_eff (out, in) in the compute type, decoded anew on every read.
+
+        It exists for code that asks a linear for its weight's type or device, as T5's feed-forward layer does.
+        """
+        return self.effective_weight()
+
+    # adapters ---------------------------------------------------------------------------------------------------------
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the attached adapters, in order of attachment."""
+        return tuple(self._adapters)
+
+    def adapters(self) -> Iterator[LowRank]:
+        """The attached low-rank terms, in order of attachment."""
+        return iter(self._adapters.values())
+
+    def add(self, low_rank: LowRank) -> None:
+        """Attach a low-rank term under its own name."""
+        if low_rank.name in self._adapters:
+            raise AdapterError(
+                f"An adapter called {low_rank.name!r} is already attached to this layer.",
+                "Names tell adapters apart; adding the same one twice would double its effect unnoticed.",
+                "Remove it first, or attach this one under another name.",
+            )
+        if (low_rank.out_features, low_rank.in_features) != (self.out_features, self.in_features):
+            raise AdapterError(
+                f"Adapter {low_rank.name!r} does not fit this layer.",
+                f"It maps {low_rank.in_features} to {low_rank.out_features} features, "
+                f"the layer maps {self.in_features} to {self.out_features}.",
+                "Check that the adapter was made for this model; a Control LoRA needs its input layer widened first.",
+            )
+        low_rank.move(self.packed.device)
+        self._adapters[low_rank.name] = low_rank
+
+    def remove(self, name: str) -> LowRank:
+        """Detach an adapter and hand it back."""
+        low_rank = self._adapter(name)
+        del self._adapters[name]
+        return low_rank
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Change an adapter's strength from the next call on."""
+        self._adapter(name).scale = scale
+
+    def _adapter(self, name: str) -> LowRank:
+        if name not in self._adapters:
+            raise AdapterError(
+                f"No adapter called {name!r} is attached to this layer.",
+                f"Attached: {', '.join(self._adapters) or 'none'}.",
+                "Use one of the attached names.",
+            )
+        return self._adapters[name]
+
+    # width ------------------------------------------------------------------------------------------------------------
+
+    def widen(self, in_features: int) -> None:
+        """Accept wider inputs: the base weight gets zero columns when it is decoded, its bytes stay as they are."""
+        if in_features < self.stored.shape[1]:
+            raise AdapterError(
+                f"A layer of {self.stored.shape[1]} input features cannot take inputs of {in_features}.",
+                "Widening adds columns of zeros; it cannot take stored columns away.",
+                "Check that the adapter was made for this model.",
+            )
+        self._require_no_adapter_of_other_width(in_features)
+        self.in_features = in_features
+
+    def narrow(self) -> None:
+        """Undo `widen`: back to the width of the packed weight."""
+        self.widen(self.stored.shape[1])
+
+    def _require_no_adapter_of_other_width(self, in_features: int) -> None:
+        other = [low_rank.name for low_rank in self.adapters() if low_rank.in_features != in_features]
+        if other:
+            raise AdapterError(
+                f"The layer cannot take inputs of {in_features} features while {', '.join(other)} is attached.",
+                f"These adapters were made for {self.in_features} input features.",
+                "Remove them first, change the width, then attach adapters of the new width.",
+            )
+
+    # the product ------------------------------------------------------------------------------------------------------
+
+    def _active(self) -> list[LowRank]:
+        return [low_rank for low_rank in self._adapters.values() if low_rank.scale != 0]
+
+    def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The decoded base (out, in_features), padded where the layer was widened; do not write into it."""
+        weight = self.stored.unpack(dtype)
+        extra = self.in_features - weight.shape[1]
+        return F.pad(weight, (0, extra)) if extra else weight
+
+    def effective_weight(self) -> torch.Tensor:
+        """W_eff (out, in_features) in the compute type: base and low-rank terms summed in float32, rounded once."""
+        active = self._active()
+        if not active:
+            return self.base_weight(self.compute)
+        weight = self.base_weight(torch.float32)
+        weight = weight.clone() if self.stored.shares_memory(weight) else weight
+        for low_rank in active:
+            low_rank.add_to_weight(weight)
+        return weight.to(self.compute)
+
+    def effective_bias(self) -> torch.Tensor | None:
+        """b_eff (out,) in the compute type, or None when neither the layer nor an active adapter has a bias."""
+        terms = [low_rank.scaled_bias() for low_rank in self._active() if low_rank.bias is not None]
+        terms = terms if self.bias is None else [self.bias.float(), *terms]
+        return sum(terms[1:], start=terms[0]).to(self.compute) if terms else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) to y (..., out), in the type of x."""
+        y = F.linear(x.to(self.compute), self.effective_weight(), self.effective_bias())
+        return y.to(x.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        super()._apply(fn, recurse)
+        device = self.packed.device
+        self.compute = fn(torch.empty(0, dtype=self.compute, device=device)).dtype
+        for low_rank in self.adapters():
+            low_rank.move(device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Widths, compute type and adapters, for printing."""
+        adapters = f", adapters={list(self._adapters)}" if self._adapters else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, compute={self.compute}{adapters}"
+        )

@@ -1,0 +1,1 @@
+"""Models, and swapping the linear layers of any torch module."""
