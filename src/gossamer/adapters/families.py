@@ -1,0 +1,100 @@
+"""Why an adapter file does not fit: what other model, depth or kind of adapter its keys belong to.
+
+Nothing here decides whether a file loads; it finds the words for the error when it does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gossamer.adapters.adapter import describe, stated_base_model
+from gossamer.adapters.spelling import Recognised, best_recognised
+from gossamer.errors import AdapterError, GossamerError, WrongModelError
+from gossamer.models.flux_spec import FluxSpec
+
+# keys that only one family of models has; the first that fits any key names the family
+FAMILIES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("FLUX.2", re.compile(r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_in")),
+    ("Stable Diffusion XL", re.compile(r"lora_unet_(input_blocks|output_blocks|middle_block)_")),
+    ("a Stable Diffusion U-Net (1.x, 2.x or XL)", re.compile(r"(^|[._])(down_blocks|up_blocks|mid_block)[._]")),
+    ("Stable Diffusion 3", re.compile(r"(^|[._])joint_blocks[._]|transformer_blocks\.\d+\.attn2\.")),
+    ("Qwen-Image", re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]")),
+    ("HunyuanVideo", re.compile(r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)")),
+    ("Chroma", re.compile(r"distilled_guidance_layer")),
+    ("Wan", re.compile(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn)[._]")),
+)
+
+# keys of adapters that belong to FLUX.1 but say something that is not read
+OTHER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("text encoder adapters", re.compile(r"^(lora_te|text_encoder)")),
+    ("DoRA magnitudes", re.compile(r"(dora_scale|lora_magnitude_vector|\.magnitude)")),
+    ("LoKr factors", re.compile(r"\.lokr_")),
+    ("LoHa factors", re.compile(r"\.hada_")),
+    ("weight differences", re.compile(r"\.diff(_b)?$")),
+)
+
+BLOCK = re.compile(r"(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d{1,4})[._]")
+SINGLE = ("single_blocks", "single_transformer_blocks")
+
+
+def explain_unused(
+    path: str, keys: list[str], found: Recognised, metadata: Mapping[str, str], spec: FluxSpec
+) -> GossamerError:
+    """The error for a file with keys that the model has no place for."""
+    named = ", ".join(found.unused[:5]) + (", ..." if len(found.unused) > 5 else "")
+    what = f"{len(found.unused)} of the {len(keys)} keys of {path!r} have no place in this model: {named}."
+    made_for = _other_family(keys) or _other_sizes(keys, found, spec)
+    if made_for is not None:
+        return WrongModelError(
+            what,
+            f"The adapter was made for {made_for}{_stated(metadata)}. This model is FLUX.1 with {describe(spec)}.",
+            "Use an adapter that was made for this model, or load the model that the adapter was made for.",
+        )
+    kinds = [kind for kind, pattern in OTHER_KINDS if any(pattern.search(key) for key in found.unused)]
+    return AdapterError(
+        what,
+        f"{' and '.join(kinds) or 'Keys of this kind'} cannot be used, and a file that is used in part would be "
+        f"another adapter{_stated(metadata)}. Closest spelling: {found.spelling.name}.",
+        "Use a version of the adapter without these keys, or one for the transformer only.",
+    )
+
+
+def _other_family(keys: list[str]) -> str | None:
+    return next((name for name, pattern in FAMILIES if any(pattern.search(key) for key in keys)), None)
+
+
+def _other_sizes(keys: list[str], found: Recognised, spec: FluxSpec) -> str | None:
+    """The deeper or guided FLUX model that has a place for more of the keys, in words."""
+    double, single = _depths(keys)
+    larger = replace(
+        spec,
+        num_layers=max(spec.num_layers, double),
+        num_single_layers=max(spec.num_single_layers, single),
+        guidance_embeds=True,
+    )
+    if len(best_recognised(keys, larger).unused) == len(found.unused):
+        return None
+    if double > spec.num_layers or single > spec.num_single_layers:
+        counts = [f"{count} {kind}" for count, kind in ((double, "double"), (single, "single")) if count]
+        return f"a FLUX model of at least {' and '.join(counts)} blocks"
+    return "a FLUX.1 model with a guidance embedder"
+
+
+def _depths(keys: list[str]) -> tuple[int, int]:
+    """Numbers of double and single blocks that the keys speak of."""
+    double = single = 0
+    for key in keys:
+        match = BLOCK.search(key)
+        if match and match[1] in SINGLE:
+            single = max(single, int(match[2]) + 1)
+        elif match:
+            double = max(double, int(match[2]) + 1)
+    return double, single
+
+
+def _stated(metadata: Mapping[str, str]) -> str:
+    """What the file says of itself, for the end of a sentence."""
+    stated = stated_base_model(metadata)
+    return f" (the file states {stated[:80]!r})" if stated else ""

@@ -1,0 +1,124 @@
+"""Read an adapter file in any known spelling. Loading is total: every key is used, or an error names it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from gossamer.adapters.adapter import Adapter, LowRankTerm, wrong_size
+from gossamer.adapters.families import explain_unused
+from gossamer.adapters.fused import split_term
+from gossamer.adapters.peft_settings import PeftSettings, read_peft_settings
+from gossamer.adapters.spelling import Recognised, Role, best_recognised
+from gossamer.checkpoints.flux_names import Part
+from gossamer.checkpoints.safetensors_file import read_header, read_tensors, sha256_file
+from gossamer.errors import AdapterError, FileDamagedError, GossamerError
+from gossamer.models.flux_spec import FluxSpec
+
+
+def read_adapter(path: Path | str, spec: FluxSpec) -> Adapter:
+    """The adapter in a safetensors file, for a model of the sizes in `spec`."""
+    header = read_header(path)
+    keys = list(header.tensors)
+    if not keys:
+        raise AdapterError(
+            f"{str(path)!r} holds no tensors.",
+            "An adapter file has at least one pair of low-rank factors.",
+            "Check that this is the right file.",
+        )
+    found = best_recognised(keys, spec)
+    if found.unused:
+        raise explain_unused(str(path), keys, found, header.metadata, spec)
+    tensors = read_tensors(path)
+    try:
+        _check_values(tensors)
+        return Adapter(
+            spec=spec,
+            terms=_terms(found, tensors, spec, read_peft_settings(header.metadata)),
+            replacements=_replacements(found, tensors, spec),
+            spelling=found.spelling.name,
+            metadata={name: text for name, text in header.metadata.items() if name != "format"},
+            sha256=sha256_file(path),
+        )
+    except GossamerError as error:
+        raise type(error)(f"{str(path)!r}: {error.what}", error.why, error.next_step) from error
+
+
+def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise FileDamagedError(
+                f"The tensor {key!r} holds {tensor.dtype} values.",
+                "Factors, biases and alphas of an adapter are floating-point numbers.",
+                "Download the file again, or save the adapter again.",
+            )
+        if not tensor.float().isfinite().all():
+            raise FileDamagedError(
+                f"The tensor {key!r} holds values that are not finite.",
+                "One such value would turn whole pictures black. The file is damaged, or its training diverged.",
+                "Download the file again, or use an earlier state of the training.",
+            )
+
+
+def _terms(
+    found: Recognised, tensors: Mapping[str, torch.Tensor], spec: FluxSpec, settings: PeftSettings
+) -> dict[str, LowRankTerm]:
+    modules = found.spelling.modules(spec)
+    terms: dict[str, LowRankTerm] = {}
+    for module, keys in found.modules.items():
+        parts = modules[module]
+        term = _term(module, {role: tensors[key] for role, key in keys.items()}, parts, settings)
+        _check_height(module, term, parts, spec)
+        terms |= split_term(term, parts)
+    return terms
+
+
+def _term(
+    module: str, values: Mapping[Role, torch.Tensor], parts: tuple[Part, ...], settings: PeftSettings
+) -> LowRankTerm:
+    missing = [role for role in ("down", "up") if role not in values]
+    if missing:
+        raise AdapterError(
+            f"The adapter has {' and '.join(values)} for {module!r}, but no {' or '.join(missing)}.",
+            "A low-rank term needs both factors.",
+            "The file is incomplete; download it again, or save the adapter again.",
+        )
+    down, up = values["down"], values["up"]
+    rank = down.shape[0] if down.dim() else 0
+    if rank == 0:
+        raise AdapterError(
+            f"The adapter's term for {module!r} has no rank.",
+            f"Its down factor has the shape {tuple(down.shape)}.",
+            "The file is damaged; download it again, or save the adapter again.",
+        )
+    multiplier = (
+        _alpha(module, values["alpha"]) / rank if "alpha" in values else settings.multiplier(parts[0].name, rank)
+    )
+    try:
+        return LowRankTerm(down, up, multiplier, values.get("bias"))
+    except AdapterError as error:
+        raise AdapterError(f"{module!r}: {error.what}", error.why, error.next_step) from error
+
+
+def _alpha(module: str, alpha: torch.Tensor) -> float:
+    if alpha.numel() != 1:
+        raise AdapterError(
+            f"The alpha of {module!r} has {alpha.numel()} values.",
+            "alpha is one number: the strength of a term times its rank.",
+            "The file is damaged; download it again, or save the adapter again.",
+        )
+    return float(alpha)
+
+
+def _check_height(module: str, term: LowRankTerm, parts: tuple[Part, ...], spec: FluxSpec) -> None:
+    """A fused module has exactly the rows of its parts; other modules are checked by the adapter itself."""
+    rows = [stop for part in parts for _, stop in part.rows]
+    if rows and term.shape[0] != max(rows):
+        raise wrong_size(spec, module, term.shape, (max(rows), spec.width))
+
+
+def _replacements(found: Recognised, tensors: Mapping[str, torch.Tensor], spec: FluxSpec) -> dict[str, torch.Tensor]:
+    names = found.spelling.norms(spec)
+    return {names[norm]: tensors[key] for norm, key in found.norms.items()}

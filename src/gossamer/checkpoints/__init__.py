@@ -1,0 +1,1 @@
+"""Checkpoint files: containers, their checks, and the namings of FLUX.1."""
