@@ -1,0 +1,298 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gossamer.adapters import Adapter, LowRankTerm, write_adapter
+from gossamer.cli.main import main
+from gossamer.demo.embedded import model_folder
+from gossamer.models.flux_spec import FluxSpec
+from gossamer.pipeline import load, painter
+from gossamer.pipeline.picture import read_picture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = ["--steps", "2", "--size", "64x64"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """A folder of its own for every test, so that what is left behind can be listed."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def loaded_once(pipe, monkeypatch):
+    """The runs of a test share the one loaded model; they still check, paint, write and report by themselves."""
+
+    def assemble(prepared):
+        for name in pipe.adapters:
+            pipe.detach(name)
+        for named in prepared.adapters:
+            pipe.attach_named(named)
+        return pipe
+
+    monkeypatch.setattr(load, "assemble", assemble)
+    yield pipe
+    for name in pipe.adapters:
+        pipe.detach(name)
+
+
+def run_json(capsys, *argv: str) -> dict:
+    code = main(["run", *argv, *QUICK, "--storage", "nf4", "--format", "json"])
+    printed = capsys.readouterr()
+    assert code == 0, printed
+    return json.loads(printed.out)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+COMMAND = [sys.executable, "-m", "gossamer"]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
+
+def gossamer(*argv: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False, env=environment(**changes))
+
+
+def test_the_whole_way_in_processes_of_its_own(elsewhere):
+    done = gossamer("run", "a red sphere", *QUICK, "--storage", "nf4", "--seed", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("outputs/a-red-sphere-4.png")
+    assert "requires torchvision" not in done.stderr
+    assert read_picture("outputs/a-red-sphere-4.png").recipe.storage == "nf4"
+    again = gossamer("rerun", "outputs/a-red-sphere-4.png")
+    assert again.returncode == 0, again.stderr
+    assert "the same pixels" in again.stdout
+    assert listing(elsewhere) == ["outputs/a-red-sphere-4-rerun.png", "outputs/a-red-sphere-4.png"]
+
+
+def test_an_interrupted_process_leaves_whole_pictures_only(elsewhere):
+    (elsewhere / "prompts.txt").write_text("a cone\na cube\n")
+    argv = ["run", "--prompts", "prompts.txt", "--seed", "0-499", "--output", "made", *QUICK]
+    running = subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    try:
+        while running.poll() is None and not (elsewhere / "made" / "a-cone-1.png").exists():
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert b"Run the same command to resume" in err
+    assert b"Traceback" not in err
+    made = listing(elsewhere / "made")
+    assert len(made) == len(out.splitlines())
+    assert all(read_picture(elsewhere / "made" / name).recipe.prompt == "a cone" for name in made)
+
+
+def test_a_model_that_the_hub_cannot_hand_out(elsewhere):
+    done = gossamer("run", "x", "--model", "owner/name", HF_HUB_OFFLINE="1", HF_HOME=str(elsewhere.parent / "hub"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error[file-missing]: The model 'owner/name' is not on this machine")
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_what_json_says(loaded_once, bundled, capsys):
+    document = run_json(capsys, "a cone", "--seed", "0-1", "--lora", "pencil:0.5", "--output", "made")
+    assert document["interrupted"] is False
+    first, second = document["pictures"]
+    assert first["path"] == os.path.join("made", "a-cone-0.png")
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["adapters"] == {"pencil": 0.5}
+    assert first["storage"] == "nf4"
+    assert first["weight_bytes"] == loaded_once.weight_bytes
+    assert first["kept_layers"]["proj_out"] == "bf16"
+    assert first["seconds_per_step"] > 0
+    assert first["pixels_sha256"] == read_picture(first["path"]).pixels_sha256 != second["pixels_sha256"]
+
+
+def test_a_run_resumes_where_it_stopped(loaded_once, elsewhere, capsys, monkeypatch):
+    (elsewhere / "prompts.txt").write_text("# three\na cone\n\na cube\na ring\n")
+    argv = ["--prompts", "prompts.txt", "--output", "made"]
+    paint, painted = painter.Pipeline.paint, []
+
+    def interrupted(self, options, on_step=None):
+        if len(painted) == 2:
+            raise KeyboardInterrupt
+        painted.append(options.prompt)
+        return paint(self, options, on_step)
+
+    monkeypatch.setattr(painter.Pipeline, "paint", interrupted)
+    assert main(["run", *argv, *QUICK, "--storage", "nf4", "--format", "json"]) == 130
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["interrupted"] is True
+    assert "1 of 3 pictures left" in printed.err
+    assert "resume" in printed.err
+    assert listing(elsewhere / "made") == ["a-cone-0.png", "a-cube-0.png"]
+    monkeypatch.setattr(painter.Pipeline, "paint", paint)
+    resumed = run_json(capsys, *argv)["pictures"]
+    assert sorted((entry["prompt"], entry["painted"]) for entry in resumed) == [
+        ("a cone", False),
+        ("a cube", False),
+        ("a ring", True),
+    ]
+
+
+def test_other_settings_never_replace_a_picture_unasked(loaded_once, bundled, capsys):
+    argv = ["a cone", "--output", "x.png"]
+    run_json(capsys, *argv)
+    before = Path("x.png").read_bytes()
+    assert main(["run", *argv, *QUICK, "--storage", "fp8"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["run", *argv, *QUICK, "--storage", "nf4", "--lora", "pencil"]) == 2
+    assert Path("x.png").read_bytes() == before
+    capsys.readouterr()
+    assert run_json(capsys, *argv, "--lora", "pencil", "--overwrite")["pictures"][0]["painted"] is True
+    assert Path("x.png").read_bytes() != before
+
+
+def test_control_brings_its_own_lora(loaded_once, bundled, capsys):
+    Image.effect_noise((80, 80), 90).save("guide.png")
+    (picture,) = run_json(capsys, "a cone", "--control", "guide.png", "--lora", "pencil")["pictures"]
+    assert picture["adapters"] == {"pencil": 1.0, "edges": 1.0}
+    (other,) = run_json(capsys, "a cone", "--control", "guide.png", "--lora", "edges:0.5", "--output", "y.png")[
+        "pictures"
+    ]
+    assert other["adapters"] == {"edges": 0.5}
+    assert main(["rerun", picture["path"]]) == 0
+
+
+def test_edges_are_extracted_from_a_picture(loaded_once, bundled, capsys):
+    guide = Image.new("RGB", (64, 64))
+    guide.paste((255, 255, 255), (16, 16, 48, 48))
+    guide.save("guide.png")
+    shas = [
+        run_json(capsys, "a cone", "--control", "guide.png", "--control-kind", kind, "--output", f"{kind}.png")[
+            "pictures"
+        ][0]
+        for kind in ("map", "picture")
+    ]
+    assert shas[0]["pixels_sha256"] != shas[1]["pixels_sha256"]
+
+
+def test_rerun_never_replaces_unasked_and_says_when_pixels_differ(loaded_once, capsys):
+    run_json(capsys, "a cone", "--output", "x.png")
+    assert main(["rerun", "x.png", "--output", "x.png"]) == 2
+    capsys.readouterr()
+    picture = Image.open("x.png")
+    record = json.loads(picture.info["gossamer"])
+    record["pixels_sha256"] = "0" * 64
+    picture.info["gossamer"] = json.dumps(record)
+    from gossamer.pipeline.picture import save
+
+    save(picture, "changed.png")
+    assert main(["rerun", "changed.png", "--format", "json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["identical"] is False
+    assert document["largest_difference"] == 0
+    assert document["warnings"] == ["the pixels in the file were changed since it was painted"]
+
+
+# bad input
+
+
+def big_flux_adapter(path: Path) -> None:
+    """An adapter of FLUX.1-dev's own size."""
+    spec = FluxSpec(19, 38, 24, 128, 64, 64, 4096, 768, guidance_embeds=True)
+    import torch
+
+    term = LowRankTerm(torch.zeros(1, 3072), torch.zeros(3072, 1))
+    write_adapter(Adapter(spec, {"transformer_blocks.0.attn.to_q": term}), path)
+
+
+def cut(path: Path, target: Path, size: int) -> None:
+    target.write_bytes(path.read_bytes()[:size])
+
+
+def prepare_bad(here: Path, adapters: dict[str, Path]) -> None:
+    big_flux_adapter(here / "big.safetensors")
+    cut(adapters["pencil"], here / "cut.safetensors", 3000)
+    (here / "web.safetensors").write_text("<!DOCTYPE html><html></html>")
+    (here / "noise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
+    (here / "empty.txt").write_text("\n# nothing\n")
+    (here / "plain").write_text("a file")
+    model = shutil.copytree(model_folder(), here / "model", copy_function=os.link)
+    weights = sorted(Path(model, "transformer").glob("*.safetensors"))[0]
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content[: len(content) // 2])
+
+
+BAD = {
+    "unknown storage": (["x", "--storage", "nf5"], "unknown-storage", "nf4"),
+    "unknown text storage": (["x", "--text-storage", "q9"], "unknown-storage", "q9"),
+    "missing model": (["x", "--model", "no/such/model"], "file-missing", "no/such/model"),
+    "missing adapter": (["x", "--lora", "no.safetensors"], "file-missing", "no.safetensors"),
+    "unknown adapter": (["x", "--lora", "pensil"], "adapter", "pencil, edges"),
+    "same adapter twice": (["x", "--lora", "pencil", "--lora", "pencil:0.5"], "adapter", "twice"),
+    "adapter of another model": (["x", "--lora", "big.safetensors"], "wrong-model", "big.safetensors"),
+    "cut adapter": (["x", "--lora", "cut.safetensors"], "file-damaged", "cut.safetensors"),
+    "web page as adapter": (["x", "--lora", "web.safetensors"], "file-damaged", "web page"),
+    "cut model": (["x", "--model", "model"], "file-damaged", "transformer"),
+    "size": (["x", "--size", "250x256"], "invalid-option", "256x256"),
+    "empty prompt": ([""], "invalid-option", "prompt"),
+    "blank prompt": (["  "], "invalid-option", "prompt"),
+    "seed": (["x", "--seed", "-1"], "invalid-option", "-1"),
+    "seed word": (["x", "--seed", "lucky"], "invalid-option", "lucky"),
+    "steps": (["x", "--steps", "-5"], "invalid-option", "-5"),
+    "device": (["x", "--device", "tpu"], "invalid-option", "tpu"),
+    "skip": (["x", "--skip", "nothing.*", "--storage", "nf4"], "unknown-option", "nothing.*"),
+    "output under a file": (["x", "--output", "plain/x.png"], "output", "plain"),
+    "output is no PNG": (["x", "--output", "x.jpg"], "invalid-option", ".jpg"),
+    "missing control": (["x", "--control", "no.png"], "file-missing", "no.png"),
+    "damaged control": (["x", "--control", "noise.png"], "file-damaged", "noise.png"),
+    "control lora alone": (["x", "--lora", "edges"], "invalid-option", "--control"),
+    "missing prompts": (["--prompts", "no.txt"], "file-missing", "no.txt"),
+    "empty prompts": (["--prompts", "empty.txt"], "invalid-option", "empty.txt"),
+    "long adapter name": (["x", "--lora", "n" * 5000], "adapter", "nnn"),
+    "long model name": (["x", "--model", "n" * 5000], "file-missing", "nnn"),
+}
+
+
+@pytest.mark.parametrize(("argv", "code", "words"), BAD.values(), ids=BAD)
+def test_bad_input(argv, code, words, elsewhere, bundled, capsys, monkeypatch):
+    prepare_bad(elsewhere, bundled)
+    before = listing(elsewhere)
+    assert main(["run", *argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error[{code}]: "), printed.err
+    assert words in printed.err
+    assert "\n  why:  " in printed.err
+    assert "\n  next: " in printed.err
+    assert "Traceback" not in printed.err
+    assert listing(elsewhere) == before, "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    "argv", [["run", "x", "--storage", "nf5"], ["run", "x", "--size", "17x16"], ["rerun", "no.png"]]
+)
+def test_bad_input_in_a_process_of_its_own(argv, elsewhere):
+    done = gossamer(*argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error[")
+    assert len(done.stderr.splitlines()) == 3
+    assert listing(elsewhere) == []
+
+
+def test_no_model_is_loaded_for_bad_input(monkeypatch, capsys):
+    monkeypatch.setattr(load, "load_components", lambda *_: pytest.fail("a model was loaded"))
+    for argv in (["x", "--output", "/proc/x.png"], ["x", "--storage", "nf5"], ["x", "--lora", "no.safetensors"]):
+        assert main(["run", *argv]) == 2
