@@ -11,14 +11,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from gossamer.adapters.read import read_adapter
 from gossamer.bench.adherence import CAPTION_SEED, adherence, held_out_captions
 from gossamer.bench.batches import BatchSettings, paint_batches
 from gossamer.bench.likeness import likeness
+from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.demo.captions import Caption
 from gossamer.demo.edges import edge_agreement, edge_map
 from gossamer.demo.embedded import adapter_paths, model_folder
@@ -44,7 +41,6 @@ from gossamer.models.swap import quantize, weight_bytes
 from gossamer.pipeline.components import StorageChoice, load_components, pick_device, storage_plan
 from gossamer.pipeline.folder import ModelFolder, open_folder
 from gossamer.pipeline.quiet import quiet_loading
-from gossamer.pipeline.versions import versions
 
 REFERENCE = "fp32"
 CONTROL = "edges"
@@ -258,19 +254,11 @@ def as_image(tiles: Sequence[torch.Tensor]) -> Image.Image:
 # the record
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the rows were measured on."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
-    return {"name": chip, "device": device.type, "cpus": os.cpu_count(), "python": platform.python_version()}
-
-
 def describe(bench: Bench) -> dict[str, Any]:
     """Machine, versions, date and settings of the run."""
     usual = bench.settings
     return {
-        "machine": machine(bench.device),
-        "versions": versions(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **stamp(bench.device),
         "settings": {
             "captions": len(bench.captions),
             "caption_seed": CAPTION_SEED,
@@ -287,13 +275,6 @@ def describe(bench: Bench) -> dict[str, Any]:
             "adapters_sha256": {name: adapter.sha256 for name, adapter in bench.adapters.items()},
         },
     }
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace the file whole, so that an interrupted run leaves the rows that were done."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -367,8 +348,7 @@ def main(argv: Sequence[str]) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     bench = set_up(arguments)
     record: dict[str, Any] = {**describe(bench), "rows": []}
-    chip = re.sub(r"[^a-z0-9]+", "-", record["machine"]["name"].lower()).strip("-")
-    path = arguments.out / f"embedded_model-{chip}-{record['date']}.json"
+    path = record_path(arguments.out, "embedded_model", record)
     reference: Painted | None = None
     for name in names:
         row, painted = storage_row(bench, name, reference)

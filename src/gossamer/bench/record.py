@@ -1,0 +1,44 @@
+"""The JSON record of a benchmark: machine, versions, date, rows; one file a run, replaced whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.pipeline.versions import versions
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the rows were measured on."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
+    return {"name": chip, "device": device.type, "cpus": os.cpu_count(), "python": platform.python_version()}
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and date, as every record begins."""
+    return {
+        "machine": machine(device),
+        "versions": versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def record_path(folder: Path, benchmark: str, record: Mapping[str, Any]) -> Path:
+    """`<benchmark>-<machine>-<date>.json` in a folder."""
+    chip = re.sub(r"[^a-z0-9]+", "-", record["machine"]["name"].lower()).strip("-")
+    return folder / f"{benchmark}-{chip}-{record['date']}.json"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace the file whole, so that an interrupted run leaves the rows that were done."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, path)
