@@ -28,11 +28,11 @@ TITLES = {
 }
 
 
-def export_model(runs: Path, folder: Path) -> None:
+def export_model(runs: Path, vae: Path, folder: Path) -> None:
     """Writes the pipeline folder; the tokenizers are there already."""
     model = Denoiser(folder)
     model.load_state_dict(load_file(runs / "base" / "base.safetensors"))
-    autoencoder = load_autoencoder(runs / "vae" / "vae.safetensors")
+    autoencoder = load_autoencoder(vae)
     save_pipeline(folder, model.transformer, autoencoder, model.clip, model.t5)
     (folder / "gossamer.json").write_text(json.dumps({"max_sequence_length": TEXT_TOKENS}, indent=2) + "\n")
 
@@ -65,12 +65,16 @@ def export_adapters(runs: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, help="default: the one in --runs; the shipped folder model/vae works too")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with torch.no_grad():
-        export_model(options.runs, options.out / "model")
+        vae = options.vae or options.runs / "vae" / "vae.safetensors"
+        export_model(options.runs, vae, options.out / "model")
         export_adapters(options.runs, options.out / "adapters")
-    shutil.copy(options.runs / "reader" / "reader.safetensors", options.out / "reader.safetensors")
+    reader = options.runs / "reader" / "reader.safetensors"
+    if reader.exists():
+        shutil.copy(reader, options.out / "reader.safetensors")
 
 
 if __name__ == "__main__":

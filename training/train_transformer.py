@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -71,7 +72,9 @@ def make_data(options: Options, team: Team) -> Data:
 
 
 def load_autoencoder(path: Path) -> nn.Module:
-    """The trained autoencoder, with its latents' shift and scale in the config."""
+    """The trained autoencoder: step 2's file, or the shipped diffusers folder, so that step 2 need not run again."""
+    if path.is_dir():
+        return AutoencoderKL.from_pretrained(path).float().eval().requires_grad_(False)
     autoencoder = build_autoencoder()
     autoencoder.load_state_dict(load_file(path))
     with safe_open(path, "pt") as file:
@@ -229,7 +232,7 @@ def save(path: Path, model: Denoiser, team: Team) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True, help="step 2's file, or the shipped folder model/vae")
     parser.add_argument("--tokenizers", type=Path, default=Path("src/gossamer/demo/model"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=380.0)
