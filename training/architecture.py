@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 WIDTH = 256  # a multiple of 256, so that every GGUF block type fits
@@ -125,6 +126,13 @@ def save_pipeline(
         transformer=transformer.to(torch.bfloat16),
     )
     pipeline.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-    # the name that both old and new releases of transformers know for a tokenizer.json
+    name_as_flux(folder)
+
+
+def name_as_flux(folder: Path) -> None:
+    """Puts back the names of FLUX.1's own files, which transformers 5 writes differently and version 4 needs."""
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})

@@ -69,14 +69,32 @@ def build_clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)
 
 
+def save_clip(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and, for transformers before 5, vocab.json and merges.txt, as FLUX.1's folder has them."""
+    tokenizer.save_pretrained(folder)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", "utf-8")
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, "utf-8")
+
+
+def save_t5(tokenizer: T5TokenizerFast, folder: Path) -> None:
+    """Writes tokenizer.json and a config that transformers before 5 reads too: there the empty list has to be absent."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["extra_special_tokens"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--captions", type=int, default=8000)
     options = parser.parse_args()
     texts = corpus(options.captions)
-    build_clip_tokenizer(texts).save_pretrained(options.out / "tokenizer")
-    build_t5_tokenizer(texts).save_pretrained(options.out / "tokenizer_2")
+    save_clip(build_clip_tokenizer(texts), options.out / "tokenizer")
+    save_t5(build_t5_tokenizer(texts), options.out / "tokenizer_2")
 
 
 if __name__ == "__main__":
