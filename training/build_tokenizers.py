@@ -79,7 +79,7 @@ def save_clip(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def save_t5(tokenizer: T5TokenizerFast, folder: Path) -> None:
-    """Writes tokenizer.json and a config that transformers before 5 reads too: there the empty list has to be absent."""
+    """Writes tokenizer.json and a config that transformers before 5 reads too: there the empty list must be absent."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())

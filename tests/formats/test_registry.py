@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gossamer.errors import GossamerError, InvalidOptionError, UnknownStorageError, UnsupportedShapeError
-from gossamer.formats import Format, find_format, pack, packed_bytes, storage_names, unpack
+from gossamer.formats import Format, find_format, pack, packed_bytes, packing_names, storage_names, unpack
 from gossamer.formats.registry import FORMATS
 
 BASE = ("fp32", "fp16", "bf16", "fp8", "fp8_e5m2", "int8", "nf4", "fp4", "nf4-dq", "fp4-dq")
@@ -102,3 +102,15 @@ def test_every_other_format_packs_or_says_why_not(storage):
         return
     assert storage in str(refusal)
     assert refusal.next_step
+
+
+@pytest.mark.parametrize("name", [name for name in storage_names() if name not in packing_names()])
+def test_a_format_that_is_only_read_is_refused_for_packing_with_the_ones_that_pack(name):
+    with pytest.raises(UnknownStorageError) as caught:
+        pack(torch.zeros(1, 256), name)
+    assert all(other in caught.value.next_step for other in packing_names())
+    assert find_format(name).name == name
+
+
+def test_every_format_that_packs_does():
+    assert all(pack(torch.ones(1, 256), name).shape == (1, 256) for name in packing_names())

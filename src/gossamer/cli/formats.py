@@ -1,4 +1,4 @@
-"""`gossamer formats`: the storage formats and what a weight takes in each."""
+"""`gossamer formats`: the storage formats, what a weight takes in each, and which ones weights can be packed into."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ def add_to(verbs: Any) -> None:
 
 def formats(arguments: argparse.Namespace) -> int:
     """Print every format with its bits per weight, scales included, for a weight of 3072 x 3072."""
-    from gossamer.formats import packed_bytes, storage_names
+    from gossamer.formats import find_format, packed_bytes, storage_names
 
-    bits = {name: packed_bytes(name, SIDE, SIDE) * 8 / SIDE**2 for name in storage_names()}
+    known = [find_format(name) for name in storage_names()]
+    bits = {each.name: packed_bytes(each.name, SIDE, SIDE) * 8 / SIDE**2 for each in known}
     if arguments.format == "json":
-        print_json({"formats": [{"name": name, "bits_per_weight": round(each, 4)} for name, each in bits.items()]})
+        rows = [{"name": e.name, "bits_per_weight": round(bits[e.name], 4), "packs": e.packs} for e in known]
+        print_json({"formats": rows})
         return 0
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("storage", "bits per weight", title=f"Storage formats, weight of {SIDE} x {SIDE}")
-    for name, each in bits.items():
-        table.add_row(name, f"{each:.3f}")
+    table = Table("storage", "bits per weight", "use", title=f"Storage formats, weight of {SIDE} x {SIDE}")
+    for each in known:
+        table.add_row(each.name, f"{bits[each.name]:.3f}", "packs and reads" if each.packs else "reads")
     Console().print(table)
     return 0

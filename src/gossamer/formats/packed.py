@@ -39,7 +39,8 @@ class Format:
     """A storage format: its name and its three functions.
 
     `pack` takes a float weight (out, in); `unpack` is the reference that every faster decoder is tested against;
-    `packed_bytes(out, in)` is exact. `width_multiple` is what `in` must be a multiple of.
+    `packed_bytes(out, in)` is exact. `width_multiple` is what `in` must be a multiple of. A format whose `packs` is
+    False is only kept where a file holds it already.
     """
 
     name: str
@@ -47,3 +48,4 @@ class Format:
     unpack: Callable[[Packed, torch.dtype], torch.Tensor]
     packed_bytes: Callable[[int, int], int]
     width_multiple: int = 1
+    packs: bool = True

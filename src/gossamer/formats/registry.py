@@ -25,6 +25,11 @@ def storage_names() -> tuple[str, ...]:
     return tuple(known.name for known in FORMATS)
 
 
+def packing_names() -> tuple[str, ...]:
+    """Names of the formats that a weight can be packed into."""
+    return tuple(known.name for known in FORMATS if known.packs)
+
+
 def find_format(name: str) -> Format:
     """The format called `name`; case does not matter."""
     for known in FORMATS:
@@ -39,9 +44,21 @@ def find_format(name: str) -> Format:
     )
 
 
+def find_packing_format(name: str) -> Format:
+    """The format called `name`, if weights can be packed into it."""
+    found = find_format(name)
+    if found.packs:
+        return found
+    raise UnknownStorageError(
+        f"Weights cannot be packed as {found.name}.",
+        "Gossamer only reads this format, from files that hold it already.",
+        f"Choose one of {', '.join(packing_names())}.",
+    )
+
+
 def pack(weight: torch.Tensor, storage: str) -> Packed:
     """A float weight (out, in) as it will stay in memory; the weight itself is left as it is."""
-    chosen = find_format(storage)
+    chosen = find_packing_format(storage)
     if weight.dim() == 2:
         require_width(chosen.name, weight.shape[1], chosen.width_multiple)
     return chosen.pack(weight)

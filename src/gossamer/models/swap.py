@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gossamer.errors import GossamerError, InvalidOptionError, UnknownOptionError
-from gossamer.formats import find_format, pack, plain
+from gossamer.formats import find_format, find_packing_format, pack, plain
 from gossamer.layers import QuantLinear, StoredWeight
 
 SWAPPABLE = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -130,7 +130,7 @@ def _plans(
     linears: Mapping[str, nn.Linear], storage: str | Mapping[str, str], skip: tuple[str, ...], shared: Mapping[int, str]
 ) -> dict[str, _Plan]:
     by_pattern = {"*": storage} if isinstance(storage, str) else storage
-    formats = {pattern: find_format(name).name for pattern, name in by_pattern.items()}
+    formats = {pattern: find_packing_format(name).name for pattern, name in by_pattern.items()}
     for pattern in (*skip, *(() if isinstance(storage, str) else formats)):
         _require_match(pattern, linears)
     return {name: _plan(name, layer, formats, skip, shared) for name, layer in linears.items()}

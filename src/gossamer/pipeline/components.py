@@ -55,13 +55,15 @@ def load_components(folder: ModelFolder, storage: StorageChoice, device: torch.d
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline_kinds()  # imported now, so that the time of the first picture is that of painting
     with quiet_loading():
+        from gossamer.models.flux import from_diffusers
+
         parts = _load_small(folder.path)
         parts["vae"] = _load_model(folder.path, "vae", dtype).to(device)
         for name in ("text_encoder", "text_encoder_2"):
             encoder = _load_model(folder.path, name, dtype)
             quantize(encoder, storage.text, compute=dtype)
             parts[name] = encoder.to(device)
-        transformer = _load_model(folder.path, "transformer", dtype)
+        transformer: Any = from_diffusers(_load_model(folder.path, "transformer", dtype))
         report = quantize(transformer, storage_plan(storage, folder.stored["transformer"]), compute=dtype)
         parts["transformer"] = transformer.to(device)
     return Components(parts, report)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import AdapterError, WrongModelError
-from gossamer.formats import find_format
+from gossamer.formats import find_packing_format
 from gossamer.models.swap import quantize
 from gossamer.pipeline.components import StorageChoice, load_components, plain_name, storage_plan
 from gossamer.pipeline.folder import COMPONENTS, PIPELINES, Profile, max_sequence_length
@@ -35,7 +35,7 @@ def assemble(prepared: Prepared) -> Pipeline:
 
 
 def optimize(pipe: Any, storage: str = "nf4", skip: Iterable[str] = (), text_storage: str | None = None) -> Pipeline:
-    """Take a diffusers FluxPipeline as it is and pack its transformer's linears, in place.
+    """Take a diffusers FluxPipeline as it is: put our transformer into it and pack its linears, in place.
 
     `pipe` shares its components with the result and goes on working. The text encoders are packed only if
     `text_storage` names a format. What the pipeline was made from is not known, so its pictures cannot be rerun.
@@ -54,7 +54,11 @@ def optimize(pipe: Any, storage: str = "nf4", skip: Iterable[str] = (), text_sto
         )
     own = plain_name(pipe.transformer.dtype)
     text_own = plain_name(pipe.text_encoder_2.dtype)
-    choice = StorageChoice(find_format(storage).name, find_format(text_storage or text_own).name, tuple(skip))
+    choice = StorageChoice(
+        find_packing_format(storage).name, find_packing_format(text_storage or text_own).name, tuple(skip)
+    )
+    # before packing: a layer's weight is only freed at once where no other model holds the layer
+    pipe.transformer = _our_transformer(pipe.transformer)
     report = quantize(pipe.transformer, storage_plan(choice, own))
     for encoder in (pipe.text_encoder, pipe.text_encoder_2) if text_storage else ():
         quantize(encoder, choice.text)
@@ -62,3 +66,9 @@ def optimize(pipe: Any, storage: str = "nf4", skip: Iterable[str] = (), text_sto
     source = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
     profile = Profile(pipe.vae.config.sample_size, max_sequence_length(Path(source)))
     return Pipeline(Assembly(parts, report, choice, Identity(source, None), profile))
+
+
+def _our_transformer(transformer: Any) -> Any:
+    from gossamer.models.flux import FluxTransformer, from_diffusers
+
+    return transformer if isinstance(transformer, FluxTransformer) else from_diffusers(transformer)

@@ -63,7 +63,7 @@ class Pipeline:
 
     @property
     def transformer(self) -> Any:
-        """The diffusers FluxTransformer2DModel."""
+        """The FluxTransformer, a drop-in for diffusers' FluxTransformer2DModel."""
         return self._assembly.parts["transformer"]
 
     @property

@@ -15,7 +15,7 @@ import torch
 from gossamer.adapters.adapter import Adapter
 from gossamer.adapters.read import read_adapter
 from gossamer.errors import AdapterError, InvalidOptionError, UnknownOptionError
-from gossamer.formats import find_format
+from gossamer.formats import find_packing_format
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 from gossamer.pipeline.components import StorageChoice, pick_device
 from gossamer.pipeline.control import describe_control
@@ -79,7 +79,7 @@ def prepare(options: LoadOptions) -> Prepared:
     """Check the options against what is there: formats, device, model folder, adapters."""
     for name in (options.storage, options.text_storage):
         if name != STORED:
-            find_format(name)
+            find_packing_format(name)
     device = pick_device(options.device)
     folder = open_folder(find_source(options.model).fetch())
     _require_patterns(options.skip, folder.spec)
@@ -189,7 +189,7 @@ def _require_patterns(patterns: Iterable[str], spec: FluxSpec) -> None:
 
 
 def _resolve(storage: str, stored: str) -> str:
-    return stored if storage == STORED else find_format(storage).name
+    return stored if storage == STORED else find_packing_format(storage).name
 
 
 def _in_background(path: Path) -> Future[dict[str, str]]:

@@ -36,6 +36,7 @@ def _format(kind: BlockType) -> Format:
         unpack=_unpack_packed,
         packed_bytes=partial(_packed_bytes, kind),
         width_multiple=kind.elements,
+        packs=kind.encode is not None,
     )
 
 
