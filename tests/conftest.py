@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from gossamer.demo.embedded import model_folder
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 from gossamer.pipeline import loras
 from gossamer.pipeline.folder import open_folder
+
+if not torch.cuda.is_available():
+    # read when Triton is first imported, which no module does before this line
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

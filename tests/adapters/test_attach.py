@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gossamer.adapters import Adapter, LowRankTerm, attach, attached, base_spec, detach, set_scale
-from gossamer.errors import AdapterError, InvalidOptionError, WrongModelError
-from gossamer.formats import pack, storage_names
+from gossamer.errors import AdapterError, WrongModelError
+from gossamer.formats import packing_names
 from gossamer.models.swap import linear_layers
 
 
@@ -55,16 +55,7 @@ def dense(model, make_model, adapters):
     return reference
 
 
-def can_pack(storage):
-    """Some GGUF types can only be read."""
-    try:
-        pack(torch.zeros(1, 256), storage)
-    except InvalidOptionError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("storage", [name for name in storage_names() if can_pack(name)])
+@pytest.mark.parametrize("storage", packing_names())
 def test_same_effect_on_every_storage_and_no_trace(storage, quantized, make_model, make_adapter, control, paint):
     style = make_adapter(multiplier=0.5)
     # the widened layer, both ends, and every kind of attention projection; searching scales for all takes long

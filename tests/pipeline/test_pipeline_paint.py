@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from gossamer import adapters
 from gossamer.demo.embedded import model_folder
 from gossamer.errors import AdapterError, GossamerError, InvalidOptionError, UnknownOptionError, WrongModelError
 from gossamer.layers import QuantLinear
+from gossamer.models.flux import FluxTransformer, from_diffusers
 from gossamer.models.flux_spec import linear_shapes
 from gossamer.pipeline.options import PaintOptions
 
@@ -89,10 +92,25 @@ def test_weight_bytes_shrink(pipe):
 
 def test_optimize_takes_a_diffusers_pipeline_as_it_is(expected):
     pipe = diffusers_pipeline()
+    theirs = weakref.ref(pipe.transformer)
     taken = gossamer.optimize(pipe, storage="fp32")
+    assert isinstance(pipe.transformer, FluxTransformer)
+    assert theirs() is None, "the original would keep every unpacked weight alive"
     assert isinstance(pipe.transformer.proj_out, QuantLinear)
     assert not gossamer.linear_layers(pipe.text_encoder_2)
     assert (pixels(taken(PROMPT, seed=3, **QUICK)) == expected).all()
+
+
+def test_optimize_takes_a_pipeline_that_holds_our_transformer(expected):
+    pipe = diffusers_pipeline()
+    ours = pipe.transformer = from_diffusers(pipe.transformer)
+    taken = gossamer.optimize(pipe, storage="fp32")
+    assert taken.transformer is ours
+    assert (pixels(taken(PROMPT, seed=3, **QUICK)) == expected).all()
+
+
+def test_load_paints_with_our_transformer(pipe):
+    assert isinstance(pipe.transformer, FluxTransformer)
 
 
 def test_optimize_equals_load():

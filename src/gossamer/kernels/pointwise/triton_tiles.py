@@ -1,0 +1,89 @@
+"""What the pointwise Triton kernels share: rows in pieces, reductions over a row, and the one rounding at its end.
+
+A row is a tuple of float32 tiles that stay in registers. The reductions combine with functions of this file, because
+Triton's own maximum passes over a NaN, which would hide it in a quantised row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gossamer.kernels.pointwise import rows
+
+AMAX_FLOOR = tl.constexpr(rows.AMAX_FLOOR)
+# adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even
+ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def add(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Combine of a sum."""
+    return a + b
+
+
+@triton.jit
+def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Combine of a maximum that keeps NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def appended(row: tl.tuple, tile: tl.tensor) -> tl.tuple:
+    """A row with one more tile; Triton has no unpacking."""
+    return row + (tile,)  # noqa: RUF005
+
+
+@triton.jit
+def row_start(
+    pointer: tl.tensor, row: tl.tensor, tokens: tl.tensor, batch_stride: tl.tensor, token_stride: tl.tensor
+) -> tl.tensor:
+    """Address of row `row` of a (batch, tokens, width) view; 64-bit, since a wide buffer passes 2^31 values."""
+    batch = (row // tokens).to(tl.int64)
+    token = (row % tokens).to(tl.int64)
+    return pointer + batch * batch_stride + token * token_stride
+
+
+@triton.jit
+def load_pieces(start: tl.tensor, BLOCK: tl.constexpr, COUNT: tl.constexpr) -> tl.tuple:
+    """A row as COUNT tiles of float32."""
+    found: tl.tuple = ()
+    for piece in tl.static_range(COUNT):
+        found = appended(found, tl.load(start + piece * BLOCK + tl.arange(0, BLOCK)).to(tl.float32))
+    return found
+
+
+@triton.jit
+def row_sum(values: tl.tuple) -> tl.tensor:
+    """Sum of a row; the tiles are added first, so that threads talk to each other once."""
+    total = values[0]
+    for piece in tl.static_range(1, len(values)):
+        total += values[piece]
+    return tl.reduce(total, 0, add)
+
+
+@triton.jit
+def row_peak(values: tl.tuple) -> tl.tensor:
+    """Largest magnitude of a row; NaN if there is one in it."""
+    peak = tl.abs(values[0])
+    for piece in tl.static_range(1, len(values)):
+        peak = larger(peak, tl.abs(values[piece]))
+    return tl.reduce(peak, 0, larger)
+
+
+@triton.jit
+def row_scale(peak: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
+    """Scale of a row with this largest magnitude."""
+    return tl.div_rn(larger(peak, AMAX_FLOOR), LARGEST)
+
+
+@triton.jit
+def store_pieces(start: tl.tensor, values: tl.tuple, factor: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """Round a row once to the type that `start` points to; codes are values * factor."""
+    for piece in tl.static_range(len(values)):
+        value = values[piece]
+        if start.dtype.element_ty == tl.int8:
+            value = (value * factor + ROUND) - ROUND
+        elif start.dtype.element_ty == tl.float8e4nv:
+            value = value * factor
+        tl.store(start + piece * BLOCK + tl.arange(0, BLOCK), value.to(start.dtype.element_ty))

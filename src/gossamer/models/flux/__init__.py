@@ -1,0 +1,11 @@
+"""FLUX.1's forward of our own, a drop-in for diffusers' FluxTransformer2DModel, with a seam at the loop over blocks.
+
+Read `blocks` first, then `seam`, then `transformer`.
+"""
+
+from gossamer.models.flux.operators import Operators
+from gossamer.models.flux.seam import BlockRunner, BlockState, BlockStep, run_block
+from gossamer.models.flux.takeover import from_diffusers
+from gossamer.models.flux.transformer import FluxTransformer
+
+__all__ = ["BlockRunner", "BlockState", "BlockStep", "FluxTransformer", "Operators", "from_diffusers", "run_block"]
