@@ -1,0 +1,96 @@
+"""Tiles of the formats without blocks: fp32, fp16 and bf16 as they are; fp8, fp8_e5m2 and int8 with one scale a row.
+
+Eight-bit floats are given as bytes and widened through float16 where the chip has no such type, before Ada for e4m3.
+The layouts and formulas are those of `formats/plain.py`, `formats/fp8.py` and `formats/int8.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gossamer.kernels.decode_tiles import whole
+
+
+@triton.jit
+def _values(
+    values: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    col = first + tl.arange(0, COLS)
+    inside = whole(col, width, EVEN)
+    return tl.load(values + row.to(tl.int64)[:, None] * width + col[None, :], mask=inside[None, :])
+
+
+@triton.jit
+def plain_tile(
+    values: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """w = values."""
+    value = _values(values, row, first, width, COLS, EVEN)
+    if value.dtype == tl.bfloat16:
+        # a shift and nothing else, so that the interpreter, which converts subnormals wrongly, agrees
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def int8_tile(
+    codes: tl.tensor,
+    scale: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """w = code * scale[row]."""
+    return _values(codes, row, first, width, COLS, EVEN).to(tl.float32) * tl.load(scale + row)[:, None]
+
+
+@triton.jit
+def fp8_tile(
+    codes: tl.tensor,
+    scale: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """w = code * scale[row], codes e4m3fn, as such or as bytes."""
+    code = _values(codes, row, first, width, COLS, EVEN)
+    unit = tl.load(scale + row)[:, None]
+    if code.dtype == tl.float8e4nv:
+        return code.to(tl.float32) * unit
+    else:
+        # the four exponent bits of e4m3 (bias 7) as the low ones of float16's five (bias 15): 2^-8 of the value,
+        # exactly, subnormals included; the row scale takes the 2^8 back
+        bits = code.to(tl.int32)
+        shrunk = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return tl.where((bits & 127) == 127, float("nan"), shrunk * (unit * 256.0))
+
+
+@triton.jit
+def fp8_e5m2_tile(
+    codes: tl.tensor,
+    scale: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """w = code * scale[row], codes e5m2: the upper byte of a float16."""
+    code = _values(codes, row, first, width, COLS, EVEN).to(tl.int16) << 8
+    return code.to(tl.float16, bitcast=True).to(tl.float32) * tl.load(scale + row)[:, None]

@@ -1,0 +1,102 @@
+"""All low-rank terms of one layer side by side, as the decode kernels take them.
+
+    up     (out, R)   float16, bfloat16 or float32
+    down   (R, in)    the same type
+    scale  (R,)       float32; ranks of one term share its scale
+
+W_delta = (scale * up) @ down, where R is the sum of the ranks, padded with zeros to 16, 32 or a multiple of 64: the
+kernels take so many ranks at a time, so three of them serve every set of adapters.
+
+Precision: `scale * up` is rounded once to the type of the factors (exact where the scale is a power of two); products
+are summed in float32. Factors given in several types become float32, which runs as three TF32 products (error about
+2^-21) from Ampere on and as plain float32 before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from gossamer.errors import AdapterError
+
+RANK_STEPS = (16, 32, 64)
+FACTOR_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Term = tuple[torch.Tensor, torch.Tensor, float]
+
+
+@dataclass(frozen=True)
+class StackedTerms:
+    """The terms of one layer; `ranks` are those of the terms, in order, before padding."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: torch.Tensor
+    ranks: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.up.shape[0], self.down.shape[1]
+
+
+def rank_step(rank: int) -> int:
+    """How many ranks of a stack are multiplied at a time."""
+    return next((step for step in RANK_STEPS if rank <= step), RANK_STEPS[-1])
+
+
+def _common_type(terms: Sequence[Term]) -> torch.dtype:
+    types = {factor.dtype for up, down, _ in terms for factor in (up, down)}
+    only = types.pop() if len(types) == 1 else torch.float32
+    return only if only in FACTOR_TYPES else torch.float32
+
+
+def _require_stackable(terms: Sequence[Term]) -> None:
+    shapes = [(tuple(up.shape), tuple(down.shape)) for up, down, _ in terms]
+    fitting = all(len(up) == len(down) == 2 and up[1] == down[0] for up, down in shapes)
+    if not shapes or not fitting or len({(up[0], down[1]) for up, down in shapes}) > 1:
+        raise AdapterError(
+            "These low-rank terms cannot be stacked.",
+            f"Their factors (up, down) have the shapes {shapes}; at least one pair is needed, each pair has to be "
+            "(out, rank) and (rank, in), and all of them have to share out and in.",
+            "Stack the terms of one layer only.",
+        )
+
+
+def stack_terms(terms: Sequence[Term], dtype: torch.dtype | None = None) -> StackedTerms:
+    """The terms (up, down, scale) of one layer in `dtype`, or in their common type. Do it once a change of adapters."""
+    _require_stackable(terms)
+    dtype = dtype or _common_type(terms)
+    ranks = tuple(up.shape[1] for up, _, _ in terms)
+    padding = -sum(ranks) % rank_step(sum(ranks))
+    up = torch.cat([up.to(dtype) for up, _, _ in terms], dim=1)
+    down = torch.cat([down.to(dtype) for _, down, _ in terms], dim=0)
+    scale = torch.empty(sum(ranks) + padding, dtype=torch.float32, device=up.device)
+    stacked = StackedTerms(F.pad(up, (0, padding)), F.pad(down, (0, 0, 0, padding)), scale, ranks)
+    set_scales(stacked, [scale for _, _, scale in terms])
+    return stacked
+
+
+def set_scales(stacked: StackedTerms, scales: Sequence[float]) -> None:
+    """Change the strengths of the terms, in place: one small copy, and no kernel is compiled for it.
+
+    Row scales that were measured before are no longer valid.
+    """
+    if len(scales) != len(stacked.ranks):
+        raise AdapterError(
+            f"{len(scales)} scales were given for {len(stacked.ranks)} low-rank terms.",
+            "Every stacked term has one scale, in the order of stacking.",
+            "Pass one scale a term; 0 switches a term off.",
+        )
+    each = [scale for scale, rank in zip(scales, stacked.ranks, strict=True) for _ in range(rank)]
+    padding = stacked.scale.numel() - len(each)
+    stacked.scale.copy_(torch.tensor([*each, *[0.0] * padding], dtype=torch.float32))
+
+
+def delta(stacked: StackedTerms) -> torch.Tensor:
+    """The reference: float32 (out, in) of all terms, from `scale * up` rounded as the kernel rounds it."""
+    scaled = (stacked.up.float() * stacked.scale).to(stacked.up.dtype)
+    return scaled.float() @ stacked.down.float()

@@ -1,0 +1,87 @@
+"""What the interpreter cannot show: bfloat16 and fp8 outputs, bfloat16 factors, whole FLUX layers on a real chip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.formats import Packed, pack, unpack
+from gossamer.kernels.decode import decode, measure_row_scale
+from gossamer.kernels.decode_reference import effective_weight, round_to, row_scales
+from gossamer.kernels.decode_support import READABLE, has_fp8
+from gossamer.kernels.low_rank import StackedTerms, stack_terms
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(512, 3072), (37, 768)]
+
+
+def packed_on_cpu(storage: str, rows: int, columns: int) -> Packed:
+    return pack(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02, storage)
+
+
+def terms_on_gpu(rows: int, columns: int, *ranks: int, dtype: torch.dtype = torch.bfloat16) -> StackedTerms:
+    generator = torch.Generator().manual_seed(1)
+    factors = [(torch.randn(rows, r, generator=generator), torch.randn(r, columns, generator=generator)) for r in ranks]
+    return stack_terms([((up * 0.05).to("cuda", dtype), (down * 0.05).to("cuda", dtype), 0.7) for up, down in factors])
+
+
+def on_cpu(terms: StackedTerms) -> StackedTerms:
+    return StackedTerms(terms.up.cpu(), terms.down.cpu(), terms.scale.cpu(), terms.ranks)
+
+
+def poisoned(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((rows, columns), float("nan"), device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", READABLE)
+def test_floats_are_bit_for_bit_the_reference(storage, dtype, shape):
+    packed, out = packed_on_cpu(storage, *shape), poisoned(*shape, dtype)
+    decode(packed.to("cuda"), out)
+    assert torch.equal(out.cpu(), unpack(packed, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("storage", READABLE)
+def test_bytes_with_a_row_scale_are_the_reference(storage, dtype):
+    if dtype == torch.float8_e4m3fn and not has_fp8(torch.device("cuda", 0)):
+        pytest.skip("the chip has no fp8")
+    packed, out, row_scale = packed_on_cpu(storage, 37, 768), poisoned(37, 768, dtype), torch.empty(37, device="cuda")
+    measure_row_scale(packed.to("cuda"), row_scale, dtype, 768)
+    weight = effective_weight(packed, 768)
+    assert torch.equal(row_scale.cpu(), row_scales(weight, dtype))
+    decode(packed.to("cuda"), out, None, row_scale)
+    assert torch.equal(out.cpu().view(torch.uint8), round_to(weight, dtype, row_scale.cpu()).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", READABLE)
+def test_low_rank_terms_in_every_type_of_factor(storage, dtype):
+    packed, out = packed_on_cpu(storage, 130, 768), poisoned(130, 768, torch.float32)
+    terms = terms_on_gpu(130, 768, 16, 4, 64, dtype=dtype)
+    decode(packed.to("cuda"), out, terms)
+    torch.testing.assert_close(out.cpu(), effective_weight(packed, 768, on_cpu(terms)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "nf4", "Q4_K"])
+def test_fp8_with_terms_stays_within_half_a_step(storage):
+    if not has_fp8(torch.device("cuda", 0)):
+        pytest.skip("the chip has no fp8")
+    packed, terms = packed_on_cpu(storage, 130, 768), terms_on_gpu(130, 768, 16)
+    out, row_scale = poisoned(130, 768, torch.float8_e4m3fn), torch.empty(130, device="cuda")
+    measure_row_scale(packed.to("cuda"), row_scale, torch.float8_e4m3fn, 768, terms)
+    decode(packed.to("cuda"), out, terms, row_scale)
+    weight = effective_weight(packed, 768, on_cpu(terms))
+    error = (out.float() * row_scale[:, None]).cpu() - weight
+    # half a step is 2^-4 of the value among normal codes and 2^-10 units among subnormal ones
+    allowed = torch.maximum(weight.abs() / 16, row_scale.cpu()[:, None] / 1024) * 1.001
+    assert (error.abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("storage", ["nf4", "Q8_0", "Q6_K"])
+def test_the_widest_layer_of_flux(storage):
+    packed = pack(torch.randn(21504, 3072, device="cuda") * 0.02, storage)
+    out = poisoned(21504, 3072, torch.bfloat16)
+    decode(packed, out)
+    assert torch.equal(out, unpack(packed, torch.bfloat16))
