@@ -1,6 +1,6 @@
 """How near our kernels come to a plain device copy: bytes moved over time, against a copy that moves as many bytes.
 
-    PYTHONPATH=src python benchmarks/kernels.py --out benchmarks/results [--only "nf4"]
+    PYTHONPATH=src python benchmarks/kernel_bandwidth.py --out benchmarks/results [--only "nf4"]
 
 Needs a CUDA device. Each case and its copy are timed one after the other with CUDA events; the share is the copy's
 median time over the kernel's. The JSON file is written anew after every case.

@@ -1,0 +1,113 @@
+"""One row of `flux_step`: a model built, adapted, timed and held to the float32 result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux_step_cases import OURS, Case, attach_all, detach_all
+from gossamer.bench.metrics import relative_error
+from gossamer.bench.random_flux import Workload, adapter_bytes, random_adapters, reference, step_inputs
+from gossamer.bench.timing import Repeats, allocated_bytes, measure, release_memory
+
+ERROR_LENGTH = 400
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows share. `references` is a folder that keeps one float32 result for each kind of adapters."""
+
+    work: Workload
+    repeats: Repeats
+    references: Path
+
+
+def labels(case: Case, kind: str) -> Row:
+    """The part of a row that says what was measured."""
+    return {
+        "system": case.system,
+        "compiled": case.compiled,
+        "storage": case.storage,
+        "compute": case.compute,
+        "adapters": kind,
+    }
+
+
+def name_of(row: Row) -> str:
+    """The name of a row of a record, as `Case.row_name` gives it."""
+    return f"{row['system']}{'+compile' * row['compiled']}/{row['storage']}/{row['compute']}/{row['adapters']}"
+
+
+def rows_of(case: Case, kinds: Sequence[str], bench: Bench) -> Iterator[Row]:
+    """One row for each kind of adapters, on one model; after a failure the next kind begins with a new model."""
+    subject: Subject | None = None
+    for kind in kinds:
+        try:
+            subject = subject or Subject(case, bench)
+            measured = subject.measure(kind)
+        except Exception as error:
+            if case.system == OURS:
+                raise
+            subject = None
+            measured = {"error": f"{type(error).__name__}: {error}"[:ERROR_LENGTH]}
+        release_memory(bench.work.device)
+        yield {**labels(case, kind), **measured}
+
+
+class Subject:
+    """A built model, and what was allocated with and without it."""
+
+    def __init__(self, case: Case, bench: Bench) -> None:
+        self.case, self.bench, device = case, bench, bench.work.device
+        self.inputs = step_inputs(bench.work)
+        release_memory(device)
+        self.before = allocated_bytes(device)
+        self.model = case.build(bench.work)
+        release_memory(device)
+        self.weights = allocated_bytes(device) - self.before
+
+    @torch.no_grad()
+    def measure(self, kind: str) -> Row:
+        """What a row says besides its labels."""
+        work = self.bench.work
+        detach_all(self.case, self.model)
+        adapters = random_adapters(work, kind)
+        # counted, not read off the allocator: buffers that an earlier row left behind belong to the peak
+        weights = self.weights + adapter_bytes(adapters)
+        attach_all(self.case, self.model, adapters)
+        del adapters  # PEFT may hold copies, and a user would hold nothing else
+        timing = measure(self._step, work.device, self.bench.repeats, self.before + weights)
+        return {
+            "step_ms": timing.median_ms,
+            "step_ms_min": timing.min_ms,
+            "step_ms_max": timing.max_ms,
+            "peak_bytes": timing.peak_bytes,
+            "weight_bytes": weights if work.device.type == "cuda" else None,
+            "first_call_seconds": timing.first_call_seconds,
+            "relative_error": relative_error(timing.result.float(), kept_reference(self.bench, kind)),
+        }
+
+    def _step(self) -> torch.Tensor:
+        result: torch.Tensor = self.model(**self.inputs, return_dict=False)[0]
+        return result
+
+
+def keep_reference(bench: Bench, kind: str) -> None:
+    """Compute the float32 result unless the folder has it."""
+    path = bench.references / f"{kind}.safetensors"
+    if not path.exists():
+        bench.references.mkdir(parents=True, exist_ok=True)
+        save_file({"sample": reference(bench.work, kind)}, path)
+        release_memory(bench.work.device)
+
+
+def kept_reference(bench: Bench, kind: str) -> torch.Tensor:
+    """The float32 result that rows with these adapters are held to."""
+    return load_file(bench.references / f"{kind}.safetensors", device=str(bench.work.device))["sample"]
