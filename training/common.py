@@ -163,6 +163,7 @@ class Timer:
     def __init__(self, team: Team) -> None:
         self.team = team
         self.began = 0.0
+        self.each: float | None = None
 
     def start(self) -> None:
         """Begins to measure."""
@@ -170,8 +171,12 @@ class Timer:
 
     def steps_in(self, seconds: float, measured: int) -> int:
         """Steps that fit into `seconds`, when `measured` steps ran since `start`; the same on every rank."""
-        each = max((self._now() - self.began) / measured, 1e-6)
-        return int(same_everywhere(seconds / each, self.team))
+        self.each = max((self._now() - self.began) / measured, 1e-6)
+        return int(same_everywhere(seconds / self.each, self.team))
+
+    def left(self, steps: int) -> float | None:
+        """Seconds that `steps` more steps will take, once the speed is known."""
+        return None if self.each is None else round(steps * self.each, 1)
 
     def _now(self) -> float:
         if self.team.device.type == "cuda":

@@ -174,7 +174,7 @@ def fit(options: Options, team: Team, log: Log, data: tuple, parts: Parts) -> Av
         optimizer.zero_grad(set_to_none=True)
         average.update()
         if step % 100 == 0:
-            log.write(step=step, of=schedule.steps, loss=require_finite(loss, step))
+            log.write(step=step, left=timer.left(schedule.steps - step), loss=require_finite(loss, step))
     return average
 
 

@@ -119,7 +119,7 @@ class Phase:
             average.update()
             if step in (1, 10) or step % 250 == 0:
                 values = {"loss": require_finite(loss, step), "norm": require_finite(norm, step)}
-                self.log.write(phase=self.name, step=step, of=schedule.steps, **values)
+                self.log.write(phase=self.name, step=step, left=timer.left(schedule.steps - step), **values)
 
 
 def pad_to(ids: Tensor, length: int, pad: int) -> Tensor:

@@ -139,7 +139,13 @@ def run(options: Options, team: Team, log: Log, pictures: Tensor, trainer: Train
             parameter.grad = None
         trainer.average.update()
         if step % 200 == 0:
-            log.write(step=step, of=schedule.steps, loss=require_finite(loss, step), psnr=psnr(squared), kl=kl.item())
+            log.write(
+                step=step,
+                left=timer.left(schedule.steps - step),
+                loss=require_finite(loss, step),
+                psnr=psnr(squared),
+                kl=kl.item(),
+            )
 
 
 def is_kernel(name: str, parameter: nn.Parameter) -> bool:
