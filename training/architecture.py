@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ POOLED_WIDTH = 128
 PICTURE_SIZE = 256
 TEXT_TOKENS = 64
 CLIP_TOKENS = 77
+EMPTY_LIST = ("extra_special_tokens", [])
 SHARD_BYTES = 14_000_000  # no file of the model is larger
 
 
@@ -127,6 +129,16 @@ def save_pipeline(
     )
     pipeline.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     name_as_flux(folder)
+    for config in folder.glob("*/*config.json"):
+        drop_traces(config)
+
+
+def drop_traces(config: Path) -> None:
+    """Removes the folder that a part was loaded from, and an empty list that transformers before 5 cannot read."""
+    settings = json.loads(config.read_text())
+    kept = {key: value for key, value in settings.items() if key != "_name_or_path" and (key, value) != EMPTY_LIST}
+    if kept != settings:
+        config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def name_as_flux(folder: Path) -> None:

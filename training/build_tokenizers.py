@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from architecture import CLIP_TOKENS
+from architecture import CLIP_TOKENS, drop_traces
 from gossamer.demo.captions import caption
 from gossamer.demo.scene import sample_scene
 
@@ -78,15 +78,6 @@ def save_clip(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges, "utf-8")
 
 
-def save_t5(tokenizer: T5TokenizerFast, folder: Path) -> None:
-    """Writes tokenizer.json and a config that transformers before 5 reads too: there the empty list must be absent."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    del config["extra_special_tokens"]
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -94,7 +85,8 @@ def main() -> None:
     options = parser.parse_args()
     texts = corpus(options.captions)
     save_clip(build_clip_tokenizer(texts), options.out / "tokenizer")
-    save_t5(build_t5_tokenizer(texts), options.out / "tokenizer_2")
+    build_t5_tokenizer(texts).save_pretrained(options.out / "tokenizer_2")
+    drop_traces(options.out / "tokenizer_2" / "tokenizer_config.json")
 
 
 if __name__ == "__main__":
