@@ -37,6 +37,7 @@ from gossamer.demo.render import pack_scenes, render
 from gossamer.demo.styles import STYLES, style_score
 from gossamer.errors import FileMissingError, GossamerError
 from gossamer.formats import find_format
+from gossamer.models.flux import from_diffusers
 from gossamer.models.swap import quantize, weight_bytes
 from gossamer.pipeline.components import StorageChoice, load_components, pick_device, storage_plan
 from gossamer.pipeline.folder import ModelFolder, open_folder
@@ -125,14 +126,14 @@ def set_up(arguments: argparse.Namespace) -> Bench:
 
 
 def load_transformer(path: Path) -> Any:
-    """The transformer as diffusers loads it, in float32."""
+    """The transformer in float32, with our forward, as `gossamer.load` runs it."""
     with quiet_loading():
         from diffusers import FluxTransformer2DModel
 
         model = FluxTransformer2DModel.from_pretrained(
             path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-    return model.eval().requires_grad_(False)
+    return from_diffusers(model).eval().requires_grad_(False)
 
 
 def load_adapters(folder: Path | None, model: ModelFolder) -> dict[str, Adapter]:
