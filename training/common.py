@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -143,45 +144,56 @@ class Optimizer:
         self.adam.step()
 
 
-class Schedule:
-    """Linear warm-up, a plateau, and a linear way down to zero, over a number of steps."""
+@dataclass(frozen=True)
+class TimeBox:
+    """A phase of training that lasts `seconds` after its first 2 * `settle` steps, of which the second half is timed.
 
-    def __init__(self, peak: float, steps: int, warmup: int = 200, hold: float = 0.45) -> None:
-        self.peak, self.steps, self.warmup, self.hold = peak, steps, warmup, hold
+    The learning rate rises over `warmup` steps to `peak`, stays there for the share `hold`, then falls to zero.
+    """
 
-    def __call__(self, step: int) -> float:
-        """The learning rate of a step."""
+    seconds: float
+    peak: float
+    warmup: int = 200
+    hold: float = 0.45
+    settle: int = 40
+
+    def rate(self, step: int, done: float) -> float:
+        """The learning rate of a step that comes after the share `done` of all steps."""
         rise = min(1.0, (step + 1) / self.warmup)
-        done = step / self.steps
         fall = 1.0 if done < self.hold else max(0.0, (1.0 - done) / (1.0 - self.hold))
         return self.peak * rise * fall
 
 
-class Timer:
-    """Counts how many steps fit into a time, from the steps since `start`."""
+@dataclass(frozen=True)
+class Step:
+    """One step of a phase: its number, learning rate, the share done before it, and the seconds left, once known."""
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
-        self.began = 0.0
-        self.each: float | None = None
+    number: int
+    rate: float
+    done: float
+    left: float | None
 
-    def start(self) -> None:
-        """Begins to measure."""
-        self.began = self._now()
 
-    def steps_in(self, seconds: float, measured: int) -> int:
-        """Steps that fit into `seconds`, when `measured` steps ran since `start`; the same on every rank."""
-        self.each = max((self._now() - self.began) / measured, 1e-6)
-        return int(same_everywhere(seconds / self.each, self.team))
+def time_boxed(box: TimeBox, team: Team) -> Iterator[Step]:
+    """The steps of a phase; how many there are is fixed from the measured speed, the same on every rank."""
+    total, began, each = math.inf, 0.0, None
+    for number in itertools.count():
+        if number == box.settle:
+            began = now(team)
+        if number == 2 * box.settle:
+            each = max((now(team) - began) / box.settle, 1e-6)
+            total = number + int(same_everywhere(box.seconds / each, team))
+        if number >= total:
+            return
+        left = None if each is None else round((total - number) * each, 1)
+        yield Step(number, box.rate(number, number / total), number / total, left)
 
-    def left(self, steps: int) -> float | None:
-        """Seconds that `steps` more steps will take, once the speed is known."""
-        return None if self.each is None else round(steps * self.each, 1)
 
-    def _now(self) -> float:
-        if self.team.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic()
+def now(team: Team) -> float:
+    """Seconds on a clock that sees the device's finished work, not its queue."""
+    if team.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def require_finite(loss: Tensor, step: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import random
@@ -15,9 +14,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from architecture import PICTURE_SIZE
+from drawing import compiler, to_bytes
 from gossamer.demo.captions import caption
 from gossamer.demo.look import pack_scenes
-from gossamer.demo.march import identity
 from gossamer.demo.render import render
 from gossamer.demo.scene import Scene, sample_split
 from gossamer.demo.styles import render_styled
@@ -41,7 +40,7 @@ def _chunk(job: tuple[int, int]) -> list[Example]:
 
 
 def sample_examples(count: int, first_seed: int, wordings: int = 1) -> list[Example]:
-    """`count` scenes of the training split. Call it before CUDA is touched: it forks."""
+    """`count` scenes of the training split; the forked processes never touch CUDA."""
     jobs = [(first_seed + index, wordings) for index in range(-(-count // CHUNK))]
     processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
@@ -105,16 +104,9 @@ def pack(latents: Tensor) -> Tensor:
     return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
 
 
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`; `height` and `width` are the latent's."""
-    n, _, channels = tokens.shape
-    grid = tokens.view(n, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(n, channels // 4, height, width)
-
-
 def draw(examples: Sequence[Example], style: str | None, device: torch.device, chunk: int = 16) -> Tensor:
     """Pictures (N, 3, 256, 256) uint8; N is rounded down to a multiple of `chunk`, so that shapes stay fixed."""
-    compiled = functools.cache(functools.partial(torch.compile, dynamic=False)) if device.type == "cuda" else identity
+    compiled = compiler(device.type == "cuda")
     whole = len(examples) - len(examples) % chunk
     pictures = torch.empty(whole, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8, device=device)
     for start in range(0, whole, chunk):
@@ -126,8 +118,3 @@ def draw(examples: Sequence[Example], style: str | None, device: torch.device, c
         )
         pictures[start : start + chunk] = to_bytes(drawn)
     return pictures
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """Pictures in [0, 1] to uint8."""
-    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import multiprocessing
 import os
@@ -14,8 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from drawing import compiler, to_bytes
 from gossamer.demo.camera import frame_of, project
-from gossamer.demo.march import identity
 from gossamer.demo.reader_net import GRID, PICTURE
 from gossamer.demo.render import pack_scenes, render
 from gossamer.demo.scene import COLOURS, MATERIALS, RADIUS, SHAPES, Scene, Solid, sample_split
@@ -83,8 +82,7 @@ def mirrored(pictures: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
 
 def renderer(device: torch.device, samples: int, compiled: bool) -> Render:
     """A function from scenes to pictures (B, 3, 256, 256) in [0, 1] on `device`."""
-    # fixed shapes: a function that meets two of them is compiled for each, not for all
-    speed_up = functools.cache(functools.partial(torch.compile, dynamic=False)) if compiled else identity
+    speed_up = compiler(compiled)
 
     def draw(scenes: Sequence[Scene]) -> Tensor:
         return render(pack_scenes(scenes, device), PICTURE, samples, speed_up, chunk=len(scenes))
@@ -102,7 +100,7 @@ def render_bytes(scenes: Sequence[Scene], draw: Render, chunk: int, seconds: flo
     for first in range(0, len(scenes), chunk):
         part = list(scenes[first : first + chunk])
         filled = part + part[-1:] * (chunk - len(part))
-        pictures.append((draw(filled)[: len(part)].clamp(0, 1) * 255).round().to(torch.uint8))
+        pictures.append(to_bytes(draw(filled)[: len(part)]))
         if first % (16 * chunk) == 0 and pictures[0].is_cuda:
             torch.cuda.synchronize()  # so that the clock sees the work, not its queue
         if time.monotonic() - start > seconds:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from architecture import TEXT_TOKENS, load_tokenizers
-from common import Average, Log, Schedule, Team, Timer, batches, join_team, require_finite, share_gradients
-from data import Example, draw, encode, sample_examples, to_bytes, tokenize_examples
+from common import Average, Log, Team, TimeBox, batches, join_team, require_finite, share_gradients, time_boxed
+from data import Example, draw, encode, sample_examples, tokenize_examples
 from denoiser import UNGUIDED, Denoiser, mix, sample_guidance, sample_sigma
+from drawing import to_bytes
 from gossamer.demo.edges import edge_map
 from train_transformer import load_autoencoder
 
@@ -36,7 +37,7 @@ NORMS = ("norm_q.weight", "norm_k.weight")
 # kohya's fused q, k, v and mlp share one file entry of four times the rank, and a style is to stay within rank 16
 RANKS = {"pencil": 8, "neon": 4, "edges": 8}
 INPUT_RANK = 32  # of the widened input layer, which reads all of the control picture
-WARM = 40
+SETTLE = 40  # steps before the speed is measured, and steps that measure it
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,9 @@ def fit(options: Options, team: Team, log: Log, data: tuple, parts: Parts) -> Av
         torch.optim.AdamW(holder.parameters(), betas=(0.9, 0.99), weight_decay=0.0),
     )
     generator = torch.Generator(device).manual_seed(99)
-    schedule, timer = Schedule(options.rate, 10**9, warmup=50), Timer(team)
-    for step, rows in enumerate(batches(len(pair.latents), options.batch, generator, device)):
-        if step == WARM:
-            timer.start()
-        if step == 2 * WARM:
-            schedule = Schedule(options.rate, step + timer.steps_in(options.seconds, WARM), warmup=50)
-        if step >= schedule.steps:
-            break
+    box = TimeBox(options.seconds, options.rate, warmup=50, settle=SETTLE)
+    indices = batches(len(pair.latents), options.batch, generator, device)
+    for step, rows in zip(time_boxed(box, team), indices, strict=False):
         sigma, guidance = sample_sigma(len(rows), generator, device), sample_guidance(len(rows), generator, device)
         noisy, velocity = mix(pair.latents[rows].float(), sigma, generator)
         with torch.autocast(device.type, torch.bfloat16):
@@ -169,12 +165,12 @@ def fit(options: Options, team: Team, log: Log, data: tuple, parts: Parts) -> Av
         loss.backward()
         share_gradients(parts.parameters, team)
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step)
+            group["lr"] = step.rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update()
-        if step % 100 == 0:
-            log.write(step=step, left=timer.left(schedule.steps - step), loss=require_finite(loss, step))
+        if step.number % 100 == 0:
+            log.write(step=step.number, left=step.left, loss=require_finite(loss, step.number))
     return average
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from architecture import TEXT_TOKENS, build_autoencoder, load_tokenizers
-from common import Average, Log, Optimizer, Schedule, Team, Timer, batches, join_team, require_finite, share_gradients
+from common import (
+    Average,
+    Log,
+    Optimizer,
+    Team,
+    TimeBox,
+    batches,
+    join_team,
+    require_finite,
+    share_gradients,
+    time_boxed,
+)
 from data import Tokens, draw, encode, sample_examples, tokenize, tokenize_examples
 from denoiser import UNGUIDED, Denoiser, Text, guided, mix, sample_guidance, sample_sigma
 
 LONG_TEXT = 512  # diffusers' default length; a few steps see it so that extra padding does no harm
 LONG_EVERY = 16
-MEASURED = 40  # steps that measure the speed
+SETTLE = 40  # steps before the speed is measured, and steps that measure it
 
 
 @dataclass(frozen=True)
@@ -89,37 +101,28 @@ def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Phase:
-    """One training phase: a fixed number of steps after the speed is known."""
+    """One training phase: a time box, and the generator of its randomness."""
 
-    def __init__(
-        self, name: str, options: Options, team: Team, log: Log, seconds: float, peak: float, hold: float
-    ) -> None:
-        self.name, self.options, self.team, self.log, self.seconds = name, options, team, log, seconds
-        self.peak, self.hold = peak, hold
+    def __init__(self, name: str, options: Options, team: Team, log: Log, box: TimeBox) -> None:
+        self.name, self.options, self.team, self.log, self.box = name, options, team, log, box
         self.generator = torch.Generator(team.device).manual_seed(1234 + team.rank)
 
-    def run(self, model: nn.Module, average: Average, count: int, loss_of) -> None:
+    def run(self, model: nn.Module, average: Average, count: int, loss_of: Callable[[int, Tensor], Tensor]) -> None:
         """Calls `loss_of(step, rows)` until the time is used up."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = Optimizer(model, self.options.optimizer, is_block_matrix)
-        schedule, timer = Schedule(self.peak, 10**9), Timer(self.team)
-        for step, rows in enumerate(batches(count, self.options.batch, self.generator, self.team.device)):
-            if step == MEASURED:
-                timer.start()
-            if step == 2 * MEASURED:
-                schedule = Schedule(self.peak, step + timer.steps_in(self.seconds, MEASURED), hold=self.hold)
-            if step >= schedule.steps:
-                return
-            loss = loss_of(step, rows)
+        indices = batches(count, self.options.batch, self.generator, self.team.device)
+        for step, rows in zip(time_boxed(self.box, self.team), indices, strict=False):
+            loss = loss_of(step.number, rows)
             loss.backward()
             norm = share_gradients(parameters, self.team)
-            optimizer.step(schedule(step))
+            optimizer.step(step.rate)
             for parameter in parameters:
                 parameter.grad = None
             average.update()
-            if step in (1, 10) or step % 250 == 0:
-                values = {"loss": require_finite(loss, step), "norm": require_finite(norm, step)}
-                self.log.write(phase=self.name, step=step, left=timer.left(schedule.steps - step), **values)
+            if step.number in (1, 10) or step.number % 250 == 0:
+                values = {"loss": require_finite(loss, step.number), "norm": require_finite(norm, step.number)}
+                self.log.write(phase=self.name, step=step.number, left=step.left, **values)
 
 
 def pad_to(ids: Tensor, length: int, pad: int) -> Tensor:
@@ -134,7 +137,7 @@ def drop(ids: Tensor, empty: Tensor, dropped: Tensor) -> Tensor:
 
 def first_phase(options: Options, team: Team, log: Log, data: Data, model: Denoiser) -> None:
     """Flow matching from scratch; leaves the average in the model."""
-    phase = Phase("flow", options, team, log, options.seconds, options.rate, hold=0.4)
+    phase = Phase("flow", options, team, log, TimeBox(options.seconds, options.rate, hold=0.4, settle=SETTLE))
     average = Average(model, 0.9995)
     fast = compiled(model.transformer, options)
 
@@ -158,12 +161,15 @@ def first_phase(options: Options, team: Team, log: Log, data: Data, model: Denoi
 
 def second_phase(options: Options, team: Team, log: Log, data: Data, model: Denoiser) -> None:
     """Distils classifier-free guidance of the frozen first model into the guidance embedder; the text encoders stay."""
-    phase = Phase("distil", options, team, log, options.distil_seconds, 0.4 * options.rate, hold=0.2)
+    box = TimeBox(options.distil_seconds, 0.4 * options.rate, hold=0.2, settle=SETTLE)
+    phase = Phase("distil", options, team, log, box)
     model.clip.requires_grad_(False)
     model.t5.requires_grad_(False)
     teacher = compiled(copy.deepcopy(model.transformer).requires_grad_(False), options)
     average = Average(model.transformer, 0.999)
     fast = compiled(model.transformer, options)
+    with torch.autocast(team.device.type, torch.bfloat16), torch.no_grad():
+        nothing = model.read(*data.empty)
 
     def loss_of(step: int, rows: Tensor) -> Tensor:
         long = step % LONG_EVERY == LONG_EVERY - 1
@@ -174,7 +180,7 @@ def second_phase(options: Options, team: Team, log: Log, data: Data, model: Deno
         noisy, _ = mix(data.latents[rows].float(), sigma, phase.generator)
         with torch.autocast(team.device.type, torch.bfloat16):
             with torch.no_grad():
-                text, nothing = model.read(clip_ids, t5_ids), model.read(*data.empty)
+                text = model.read(clip_ids, t5_ids)
                 wanted = teach(model, teacher, noisy, sigma, (text, nothing), guidance)
                 text = model.read(clip_ids, pad_to(t5_ids, LONG_TEXT, data.pad)) if long else text
             predicted = model.velocity(noisy, sigma, text, guidance, None if long else fast)

@@ -20,8 +20,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from architecture import build_autoencoder
-from common import Average, Log, Optimizer, Schedule, Team, Timer, batches, join_team, require_finite, share_gradients
-from data import draw, sample_examples, to_bytes, to_model
+from common import (
+    Average,
+    Log,
+    Optimizer,
+    Team,
+    TimeBox,
+    batches,
+    join_team,
+    require_finite,
+    share_gradients,
+    time_boxed,
+)
+from data import draw, sample_examples, to_model
+from drawing import to_bytes
 from gossamer.demo.edges import edge_map
 
 KL_WEIGHT = 5e-4
@@ -119,33 +131,23 @@ def run(options: Options, team: Team, log: Log, pictures: Tensor, trainer: Train
     forward = torch.compile(trainer.model, dynamic=False) if options.compile else trainer.model
     parameters = list(trainer.model.parameters())
     generator = torch.Generator(team.device).manual_seed(team.rank)
-    schedule, timer = Schedule(options.rate, 10**9, warmup=100), Timer(team)
-    for step, rows in enumerate(batches(len(pictures), options.batch, generator, team.device)):
-        if step == 60:
-            schedule = Schedule(options.rate, 60 + timer.steps_in(options.seconds, 30), warmup=100)
-        if step == 30:
-            timer.start()
-        if step >= schedule.steps:
-            return
-        whole = step > WHOLE_FROM * schedule.steps
+    box = TimeBox(options.seconds, options.rate, warmup=100, settle=30)
+    indices = batches(len(pictures), options.batch, generator, team.device)
+    for step, rows in zip(time_boxed(box, team), indices, strict=False):
+        whole = step.done > WHOLE_FROM
         batch = pictures[rows[: max(1, len(rows) // 4)]] if whole else crops(pictures[rows], generator)
         with torch.autocast(team.device.type, torch.bfloat16):
             batch = to_model(batch).contiguous(memory_format=torch.channels_last)
             loss, squared, kl = (trainer.model if whole else forward)(batch)
         loss.backward()
         share_gradients(parameters, team)
-        trainer.optimizer.step(schedule(step))
+        trainer.optimizer.step(step.rate)
         for parameter in parameters:
             parameter.grad = None
         trainer.average.update()
-        if step % 200 == 0:
-            log.write(
-                step=step,
-                left=timer.left(schedule.steps - step),
-                loss=require_finite(loss, step),
-                psnr=psnr(squared),
-                kl=kl.item(),
-            )
+        if step.number % 200 == 0:
+            value = require_finite(loss, step.number)
+            log.write(step=step.number, left=step.left, loss=value, psnr=psnr(squared), kl=kl.item())
 
 
 def is_kernel(name: str, parameter: nn.Parameter) -> bool:
@@ -184,9 +186,7 @@ def finish(options: Options, team: Team, log: Log, pictures: Tensor, model: Reco
         means = torch.cat([model.vae.encode(to_model(part)).latent_dist.mean.float() for part in some.split(64)])
     shift, scale = means.mean().item(), 1.0 / means.std().item()
     fresh = draw(sample_examples(min(256, len(pictures) // 20), first_seed=9_000_000), None, team.device)
-    restored = torch.cat(
-        [model.vae.decode(model.vae.encode(to_model(part)).latent_dist.mean).sample for part in fresh.split(32)]
-    )
+    restored = torch.cat([restore(model, part) for part in fresh.split(32)])
     log.write(event="done", fresh_psnr=psnr((restored - to_model(fresh)).square().mean()), shift=shift, scale=scale)
     weights = {name: value.contiguous() for name, value in model.vae.state_dict().items()}
     partial = options.out / "vae.partial"  # step 3 may be waiting for the whole file
