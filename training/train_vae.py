@@ -185,7 +185,7 @@ def finish(options: Options, team: Team, log: Log, pictures: Tensor, model: Reco
     with torch.autocast(team.device.type, torch.bfloat16):
         means = torch.cat([model.vae.encode(to_model(part)).latent_dist.mean.float() for part in some.split(64)])
     shift, scale = means.mean().item(), 1.0 / means.std().item()
-    fresh = draw(sample_examples(min(256, len(pictures) // 20), first_seed=9_000_000), None, team.device)
+    fresh = draw(sample_examples(max(16, min(256, len(pictures) // 20)), first_seed=9_000_000), None, team.device)
     restored = torch.cat([restore(model, part) for part in fresh.split(32)])
     log.write(event="done", fresh_psnr=psnr((restored - to_model(fresh)).square().mean()), shift=shift, scale=scale)
     weights = {name: value.contiguous() for name, value in model.vae.state_dict().items()}
