@@ -166,12 +166,13 @@ class TimeBox:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a phase: its number, learning rate, the share done before it, and the seconds left, once known."""
+    """One step of a phase: its number, learning rate and the share done before it; once known, seconds and steps."""
 
     number: int
     rate: float
     done: float
     left: float | None
+    total: int | None
 
 
 def time_boxed(box: TimeBox, team: Team) -> Iterator[Step]:
@@ -185,8 +186,8 @@ def time_boxed(box: TimeBox, team: Team) -> Iterator[Step]:
             total = number + int(same_everywhere(box.seconds / each, team))
         if number >= total:
             return
-        left = None if each is None else round((total - number) * each, 1)
-        yield Step(number, box.rate(number, number / total), number / total, left)
+        left, steps = (None, None) if each is None else (round((total - number) * each, 1), int(total))
+        yield Step(number, box.rate(number, number / total), number / total, left, steps)
 
 
 def now(team: Team) -> float:

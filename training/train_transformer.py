@@ -122,7 +122,7 @@ class Phase:
             average.update()
             if step.number in (1, 10) or step.number % 250 == 0:
                 values = {"loss": require_finite(loss, step.number), "norm": require_finite(norm, step.number)}
-                self.log.write(phase=self.name, step=step.number, left=step.left, **values)
+                self.log.write(phase=self.name, step=step.number, of=step.total, left=step.left, **values)
 
 
 def pad_to(ids: Tensor, length: int, pad: int) -> Tensor:

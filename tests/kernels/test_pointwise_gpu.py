@@ -47,8 +47,8 @@ def assert_rows(found: Rows, expected: Rows) -> None:
     step = least * (expected.scale[..., None] if expected.scale is not None else 1.0)
     difference = (ours - theirs).abs()
     assert (difference <= theirs.abs() * relative + step * 1.001 + 1e-5).all()
-    if dtype != torch.float32:
-        assert (difference > 0).float().mean() < 0.02
+    if dtype != torch.float32:  # the codes themselves: two scales may differ in their last bit
+        assert (found.values.float() != expected.values.float()).float().mean() < 0.02
 
 
 def assert_residual(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -99,8 +99,8 @@ def test_fp8_products_against_the_reference(product, with_bias, out_dtype, shape
     expected = scaled_matmul_reference(*scaled, bias, torch.float32)
     assert result.dtype == out_dtype
     assert result.shape == (shape[0], shape[2])
-    # fast accumulation on Hopper keeps about 14 bits of a sum
-    loose = 2e-3 * expected.abs().max().item() if device == "cuda" else 0.0
+    # Hopper cuts the running sum to about 14 bits after each 32 products (DeepSeek-V3 report, section 3.3.2)
+    loose = -(-shape[1] // 32) * 2.0**-13 * expected.abs().max().item() if device == "cuda" else 0.0
     assert (
         (result.double() - expected.double()).abs() <= bound(scaled, bias, out_dtype, ROUNDINGS[product]) + loose
     ).all()
