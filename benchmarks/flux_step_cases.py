@@ -12,7 +12,7 @@ import torch
 import flux_step_peers as peers
 from gossamer.adapters import Adapter, attach, attached, detach
 from gossamer.bench.random_flux import ADAPTERS, Workload, fill
-from gossamer.models.flux import FluxTransformer
+from gossamer.models.flux import FluxTransformer, prepare
 from gossamer.models.swap import quantize
 from gossamer.pipeline.components import StorageChoice, storage_plan
 
@@ -42,7 +42,7 @@ class Case:
 # ours -----------------------------------------------------------------------------------------------------------------
 
 STORAGES = ("bf16", "fp8", "int8", "nf4", "Q8_0", "Q4_K", "Q6_K")
-COMPUTES = {"bf16": torch.bfloat16}
+COMPUTES = {storage: ("bf16",) if storage == "bf16" else ("fp8", "bf16") for storage in STORAGES}
 
 
 def build_ours(work: Workload, storage: str, compute: str) -> Any:
@@ -50,7 +50,8 @@ def build_ours(work: Workload, storage: str, compute: str) -> Any:
     with torch.device("meta"):
         model = FluxTransformer.from_config(work.config)
     fill(model, work)
-    quantize(model, storage_plan(StorageChoice(storage, "bf16", ()), "bf16"), compute=COMPUTES[compute])
+    quantize(model, storage_plan(StorageChoice(storage, "bf16", ()), "bf16"))
+    prepare(model, compute, keeps_merged=True)
     return model.eval()
 
 
@@ -72,7 +73,7 @@ CASES: tuple[Case, ...] = (
     *(
         Case(OURS, storage, compute, partial(build_ours, storage=storage, compute=compute))
         for storage in STORAGES
-        for compute in COMPUTES
+        for compute in COMPUTES[storage]
     ),
     Case("diffusers", "bf16", "bf16", peers.plain),
     Case("diffusers", "bf16", "bf16", peers.plain, compiled=True),

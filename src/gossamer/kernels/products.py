@@ -14,16 +14,35 @@ nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.nn import functional as F
 
 from gossamer.errors import UnsupportedShapeError
+from gossamer.kernels.pointwise.product import rescale_product
 
-# (x, x_scale, weight, weight_scale, bias, out_dtype) -> (rows, out)
-ScaledProduct: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor
+
+class ScaledProduct(Protocol):
+    """(rows, in) times (out, in), both with row scales: (rows, out), into `out` where that saves a copy."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+        /,
+    ) -> torch.Tensor:
+        """The result, which is `out` only where the library wrote into it."""
+
+
+# (product in int32, x_scale, weight_scale, bias, out_dtype) -> (rows, out)
+Rescale: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype], torch.Tensor
 ]
 
 FP8_MULTIPLE = 16  # `_scaled_mm` refuses other widths: its rows must start at multiples of 16 bytes
@@ -68,6 +87,7 @@ def scaled_matmul_fp8(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """e4m3 codes times e4m3 codes, both scales applied by the library before it rounds.
 
@@ -80,6 +100,7 @@ def scaled_matmul_fp8(
         x = F.pad(x.view(torch.uint8), (0, 0, 0, added)).view(x.dtype)  # the byte 0 is the value 0
         x_scale = F.pad(x_scale, (0, added))
     late_bias = bias if out_dtype == torch.float32 else None  # CUDA fuses no bias into a float32 result
+    into = {"out": out} if out is not None and late_bias is None and out.shape[0] == x.shape[0] else {}
     product = torch._scaled_mm(
         x,
         weight.t(),
@@ -88,6 +109,7 @@ def scaled_matmul_fp8(
         bias=None if late_bias is not None else bias,
         out_dtype=out_dtype,
         use_fast_accum=True,  # Hopper then sums in fewer than 32 bits, as torchao's row-scaled fp8 inference does
+        **into,
     )
     return product[:count] if late_bias is None else product[:count].add_(late_bias)
 
@@ -99,6 +121,7 @@ def scaled_matmul_fp8_tensorwise(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    _out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """e4m3 codes times e4m3 codes without scales, which then follow in place, each step rounded to the type between.
 
@@ -119,14 +142,14 @@ def matmul_int8(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    rescale: Rescale = rescale_product,
 ) -> torch.Tensor:
-    """int8 codes times int8 codes, summed exactly in int32, scaled in float32 and rounded once."""
+    """int8 codes times int8 codes, summed exactly in int32, scaled in float32 and rounded once, by `rescale`."""
     _require_shape("int8", weight)
     rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, INT8_LEAST_ROWS - rows)) if rows < INT8_LEAST_ROWS else x
-    product = torch._int_mm(padded, weight.t())[:rows] * x_scale[:, None]
-    product.mul_(weight_scale)
-    return (product if bias is None else product.add_(bias)).to(out_dtype)
+    product = torch._int_mm(padded, weight.t())[:rows]
+    return rescale(product, x_scale, weight_scale, bias, out_dtype)
 
 
 def scaled_matmul_reference(
@@ -136,6 +159,7 @@ def scaled_matmul_reference(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    _out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the scaled products compute, for codes of any type: everything in float32, rounded once."""
     product = (x.float() @ weight.float().t()) * x_scale[:, None] * weight_scale
@@ -145,7 +169,6 @@ def scaled_matmul_reference(
 SCALED_PRODUCTS: dict[str, ScaledProduct] = {
     "scaled_mm_rowwise": scaled_matmul_fp8,
     "scaled_mm_tensorwise": scaled_matmul_fp8_tensorwise,
-    "int_mm": matmul_int8,
     "reference": scaled_matmul_reference,
 }
 

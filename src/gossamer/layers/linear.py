@@ -4,7 +4,8 @@
     b_eff = bias + sum_i scale_i * bias_i                       likewise (out,)
     y     = x @ W_eff.T + b_eff                                 returned in the type of x
 
-The packed bytes are never written to, so removing every term leaves the layer exactly as it was.
+The packed bytes are never written to, so removing every term leaves the layer exactly as it was. This is the reference;
+with an `execution` the same runs through kernels and libraries, see `product`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch.nn import functional as F
 
 from gossamer.errors import AdapterError
 from gossamer.formats import Packed
+from gossamer.kernels.pointwise.rows import Rows
+from gossamer.layers.execution import Execution
 from gossamer.layers.low_rank import LowRank
+from gossamer.layers.product import GroupProduct
 from gossamer.layers.stored import StoredWeight
 
 
@@ -39,7 +43,10 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = self.stored.shape
         self.compute = compute
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.execution: Execution | None = None
+        self.revision = 0
         self._adapters: dict[str, LowRank] = {}
+        self._product = GroupProduct()
 
     @property
     def packed(self) -> Packed:
@@ -81,16 +88,19 @@ class QuantLinear(nn.Module):
             )
         low_rank.move(self.packed.device)
         self._adapters[low_rank.name] = low_rank
+        self.revision += 1
 
     def remove(self, name: str) -> LowRank:
         """Detach an adapter and hand it back."""
         low_rank = self._adapter(name)
         del self._adapters[name]
+        self.revision += 1
         return low_rank
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change an adapter's strength from the next call on."""
         self._adapter(name).scale = scale
+        self.revision += 1
 
     def _adapter(self, name: str) -> LowRank:
         if name not in self._adapters:
@@ -113,6 +123,7 @@ class QuantLinear(nn.Module):
             )
         self._require_no_adapter_of_other_width(in_features)
         self.in_features = in_features
+        self.revision += 1
 
     def narrow(self) -> None:
         """Undo `widen`: back to the width of the packed weight."""
@@ -129,7 +140,8 @@ class QuantLinear(nn.Module):
 
     # the product ------------------------------------------------------------------------------------------------------
 
-    def _active(self) -> list[LowRank]:
+    def active(self) -> list[LowRank]:
+        """The terms whose scale is not 0."""
         return [low_rank for low_rank in self._adapters.values() if low_rank.scale != 0]
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -140,7 +152,7 @@ class QuantLinear(nn.Module):
 
     def effective_weight(self) -> torch.Tensor:
         """W_eff (out, in_features) in the compute type: base and low-rank terms summed in float32, rounded once."""
-        active = self._active()
+        active = self.active()
         if not active:
             return self.base_weight(self.compute)
         weight = self.base_weight(torch.float32)
@@ -149,16 +161,26 @@ class QuantLinear(nn.Module):
             low_rank.add_to_weight(weight)
         return weight.to(self.compute)
 
-    def effective_bias(self) -> torch.Tensor | None:
-        """b_eff (out,) in the compute type, or None when neither the layer nor an active adapter has a bias."""
-        terms = [low_rank.scaled_bias() for low_rank in self._active() if low_rank.bias is not None]
+    def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """b_eff (out,) in the compute type or in `dtype`; None where neither layer nor active adapter has one."""
+        terms = [low_rank.scaled_bias() for low_rank in self.active() if low_rank.bias is not None]
         terms = terms if self.bias is None else [self.bias.float(), *terms]
-        return sum(terms[1:], start=terms[0]).to(self.compute) if terms else None
+        return sum(terms[1:], start=terms[0]).to(dtype or self.compute) if terms else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) to y (..., out), in the type of x."""
+        if self.execution is not None:
+            return self._execute(x, self.execution)
         y = F.linear(x.to(self.compute), self.effective_weight(), self.effective_bias())
         return y.to(x.dtype)
+
+    def _execute(self, x: torch.Tensor, execution: Execution) -> torch.Tensor:
+        """The same through kernels and libraries."""
+        flat = x.reshape(1, -1, self.in_features)
+        same = flat.dtype == execution.operand
+        rows = Rows(flat) if same else execution.pointwise.quantize_rows(flat, execution.operand)
+        y = self._product([self], rows)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         super()._apply(fn, recurse)
@@ -166,6 +188,7 @@ class QuantLinear(nn.Module):
         self.compute = fn(torch.empty(0, dtype=self.compute, device=device)).dtype
         for low_rank in self.adapters():
             low_rank.move(device)
+        self.revision += 1
         return self
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -30,7 +30,16 @@ class StoredWeight(nn.Module):
     @property
     def packed(self) -> Packed:
         """The stored bytes as they are now."""
-        return Packed(self.format.name, {role: self.get_buffer(self._key(role)) for role in self.roles}, self.shape)
+        return Packed(self.format.name, {role: self.tensor(role) for role in self.roles}, self.shape)
+
+    def tensor(self, role: str) -> torch.Tensor:
+        """One of the stored tensors."""
+        return self.get_buffer(self._key(role))
+
+    def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take these tensors, which hold the same bytes elsewhere, in place of the own ones."""
+        for role in self.roles:
+            setattr(self, self._key(role), tensors[role])
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (out, in); shares memory with the stored bytes where they already are `dtype`."""

@@ -4,8 +4,19 @@ Read `blocks` first, then `seam`, then `transformer`.
 """
 
 from gossamer.models.flux.operators import Operators
+from gossamer.models.flux.prepare import Prepared, prepare
 from gossamer.models.flux.seam import BlockRunner, BlockState, BlockStep, run_block
 from gossamer.models.flux.takeover import from_diffusers
 from gossamer.models.flux.transformer import FluxTransformer
 
-__all__ = ["BlockRunner", "BlockState", "BlockStep", "FluxTransformer", "Operators", "from_diffusers", "run_block"]
+__all__ = [
+    "BlockRunner",
+    "BlockState",
+    "BlockStep",
+    "FluxTransformer",
+    "Operators",
+    "Prepared",
+    "from_diffusers",
+    "prepare",
+    "run_block",
+]

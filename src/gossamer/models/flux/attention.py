@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gossamer.kernels.pointwise import HeadNorm
+from gossamer.layers import LinearGroup
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -43,11 +44,6 @@ class SingleAttention(nn.Module):
         self.to_v = nn.Linear(width, width)
 
     @property
-    def projections(self) -> tuple[nn.Module, ...]:
-        """The linears that make queries, keys and values."""
-        return self.to_q, self.to_k, self.to_v
-
-    @property
     def head_norm(self) -> HeadNorm:
         """Norm scales of queries and keys."""
         return HeadNorm(self.norm_q.weight, self.norm_k.weight)
@@ -66,11 +62,10 @@ class DoubleAttention(SingleAttention):
         self.add_k_proj = nn.Linear(width, width)
         self.add_v_proj = nn.Linear(width, width)
         self.to_add_out = nn.Linear(width, width)
-
-    @property
-    def text_projections(self) -> tuple[nn.Module, ...]:
-        """The linears that make the text's queries, keys and values."""
-        return self.add_q_proj, self.add_k_proj, self.add_v_proj
+        self.projections = LinearGroup((self, "to_q"), (self, "to_k"), (self, "to_v"))
+        self.text_projections = LinearGroup((self, "add_q_proj"), (self, "add_k_proj"), (self, "add_v_proj"))
+        self.out = LinearGroup((self.to_out, "0"))
+        self.text_out = LinearGroup((self, "to_add_out"))
 
     @property
     def text_head_norm(self) -> HeadNorm:

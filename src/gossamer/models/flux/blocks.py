@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gossamer.kernels.pointwise import TextNorm
+from gossamer.kernels.pointwise import Rows, TextNorm
 from gossamer.kernels.pointwise.backends import Pointwise
+from gossamer.layers import LinearGroup
 from gossamer.models.flux.attention import DoubleAttention, SingleAttention, heads_first, tokens_first
 from gossamer.models.flux.modulation import (
     AdaLN,
@@ -44,13 +45,14 @@ class FeedForward(nn.Module):
         super().__init__()
         # the canonical names are net.0.proj and net.2: diffusers has a dropout of probability 0 between them
         hidden = MLP_RATIO * width
-        self.net = nn.ModuleList([Projection(width, hidden), nn.Identity(), nn.Linear(hidden, width)])
+        first = Projection(width, hidden)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, width)])
+        self.up, self.down = LinearGroup((first, "proj")), LinearGroup((self.net, "2"))
 
-    def forward(self, x: torch.Tensor, pointwise: Pointwise) -> torch.Tensor:
-        """(batch, tokens, width) to the same."""
-        hidden: torch.Tensor = self.net[0].proj(x)  # type: ignore[operator]
-        out: torch.Tensor = self.net[2](pointwise.gelu_rows(hidden, x.dtype).values)
-        return out
+    def forward(self, x: Rows, pointwise: Pointwise) -> torch.Tensor:
+        """Rows (batch, tokens, width) to (batch, tokens, width)."""
+        hidden = self.up(x)
+        return self.down(pointwise.gelu_rows(hidden, self.down.rows_type(hidden.dtype)))
 
 
 class DoubleBlock(nn.Module):
@@ -65,6 +67,13 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(width)
         self.ff_context = FeedForward(width)
 
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linears of the block as it runs them."""
+        attn = self.attn
+        streams = (attn.projections, attn.text_projections, attn.out, attn.text_out)
+        return (*streams, self.ff.up, self.ff.down, self.ff_context.up, self.ff_context.down)
+
     def vectors(self, activated: torch.Tensor) -> DoubleVectors:
         """The block's modulation from SiLU of the conditioning (batch, width)."""
         return DoubleVectors(stream_vectors(self.norm1_context, activated), stream_vectors(self.norm1, activated))
@@ -73,18 +82,21 @@ class DoubleBlock(nn.Module):
         """Change the state's tokens in place."""
         attended = self._attention(state, vectors, shared)
         text, image = attended[:, : state.text_tokens], attended[:, state.text_tokens :]
-        pointwise = shared.operators.pointwise
-        _finish(state.text, self.attn.to_add_out(text), self.ff_context, vectors.text, pointwise)
-        _finish(state.image, self.attn.to_out[0](image), self.ff, vectors.image, pointwise)
+        pointwise, attn = shared.operators.pointwise, self.attn
+        _finish(
+            state.text, attn.text_out(attn.text_out.rows(text, pointwise)), self.ff_context, vectors.text, pointwise
+        )
+        _finish(state.image, attn.out(attn.out.rows(image, pointwise)), self.ff, vectors.image, pointwise)
 
     def _attention(self, state: BlockState, vectors: DoubleVectors, shared: Shared) -> torch.Tensor:
         """Both streams write into one buffer and attend to each other: (batch, tokens, width)."""
         tokens, cut, attn, operators = state.tokens, state.text_tokens, self.attn, shared.operators
         qkv = tokens.new_empty(*tokens.shape[:2], 3 * tokens.shape[2])
-        text = operators.pointwise.norm_modulate(state.text, vectors.text.attention, tokens.dtype)
-        operators.apply_together(attn.text_projections, text.values, qkv[:, :cut])
-        image = operators.pointwise.norm_modulate(state.image, vectors.image.attention, tokens.dtype)
-        operators.apply_together(attn.projections, image.values, qkv[:, cut:])
+        for x, by, group, out in (
+            (state.text, vectors.text.attention, attn.text_projections, qkv[:, :cut]),
+            (state.image, vectors.image.attention, attn.projections, qkv[:, cut:]),
+        ):
+            group(operators.pointwise.norm_modulate(x, by, group.rows_type(tokens.dtype)), out)
         text_norm = TextNorm(cut, attn.text_head_norm)
         operators.pointwise.qk_norm_rope_(qkv, shared.rotation, attn.head_norm, text_norm)
         return tokens_first(operators.attend(*heads_first(qkv, attn.head_size)))
@@ -94,8 +106,9 @@ def _finish(
     x: torch.Tensor, attended: torch.Tensor, mlp: FeedForward, vectors: StreamVectors, pointwise: Pointwise
 ) -> None:
     """Add the attention's output, then the feed-forward part, to the tokens of one stream, in place."""
-    rows = pointwise.residual_gate_norm_modulate_(x, vectors.attention_gate, attended, vectors.mlp, x.dtype)
-    pointwise.residual_gate_(x, vectors.mlp_gate, mlp(rows.values, pointwise))
+    rows_type = mlp.up.rows_type(x.dtype)
+    rows = pointwise.residual_gate_norm_modulate_(x, vectors.attention_gate, attended, vectors.mlp, rows_type)
+    pointwise.residual_gate_(x, vectors.mlp_gate, mlp(rows, pointwise))
 
 
 class SingleBlock(nn.Module):
@@ -108,6 +121,13 @@ class SingleBlock(nn.Module):
         self.attn = SingleAttention(heads, head_size)
         self.proj_mlp = nn.Linear(self.width, MLP_RATIO * self.width)
         self.proj_out = nn.Linear((MLP_RATIO + 1) * self.width, self.width)
+        qkv = ((self.attn, name) for name in ("to_q", "to_k", "to_v"))
+        self.first, self.last = LinearGroup(*qkv, (self, "proj_mlp")), LinearGroup((self, "proj_out"))
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linears of the block as it runs them."""
+        return self.first, self.last
 
     def vectors(self, activated: torch.Tensor) -> SingleVectors:
         """The block's modulation from SiLU of the conditioning (batch, width)."""
@@ -116,11 +136,10 @@ class SingleBlock(nn.Module):
     def forward(self, state: BlockState, vectors: SingleVectors, shared: Shared) -> None:
         """Change the state's tokens in place."""
         tokens, width, operators = state.tokens, self.width, shared.operators
-        x = operators.pointwise.norm_modulate(tokens, vectors.norm, tokens.dtype)
-        buffer = tokens.new_empty(*tokens.shape[:2], (3 + MLP_RATIO) * width)
-        operators.apply_together((*self.attn.projections, self.proj_mlp), x.values, buffer)
+        x = operators.pointwise.norm_modulate(tokens, vectors.norm, self.first.rows_type(tokens.dtype))
+        buffer = self.first(x, tokens.new_empty(*tokens.shape[:2], (3 + MLP_RATIO) * width))
         qkv, mlp = buffer[..., : 3 * width], buffer[..., 3 * width :]
         operators.pointwise.qk_norm_rope_(qkv, shared.rotation, self.attn.head_norm, None)
         attended = tokens_first(operators.attend(*heads_first(qkv, self.attn.head_size)))
-        rows = operators.pointwise.gelu_concat(attended, mlp, tokens.dtype)
-        operators.pointwise.residual_gate_(tokens, vectors.gate, self.proj_out(rows.values))
+        rows = operators.pointwise.gelu_concat(attended, mlp, self.last.rows_type(tokens.dtype))
+        operators.pointwise.residual_gate_(tokens, vectors.gate, self.last(rows))

@@ -1,0 +1,97 @@
+"""Linears of a model that read the same input, found by their places in it, so that they may be swapped at any time.
+
+A block has its queries, keys and values (a single block its feed-forward part too) in one buffer that way. Layers that
+have an execution, and the same one in kind, become one product of one operand; all others run one after the other, each
+as exact as it is alone. On a CPU one product gains nothing (320 tokens, width 256, a single block's group: 2.7 ms
+against 2.8 ms in four).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from gossamer.formats import Packed
+from gossamer.kernels.pointwise.backends import Pointwise
+from gossamer.kernels.pointwise.rows import Rows
+from gossamer.layers.join import join, lie_as
+from gossamer.layers.linear import QuantLinear
+from gossamer.layers.product import GroupProduct
+
+
+class LinearGroup:
+    """Linears by place: pairs of a module and the name of its child."""
+
+    def __init__(self, *places: tuple[nn.Module, str]) -> None:
+        self._places = places
+        self._product = GroupProduct()
+        self._joined: Packed | None = None
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers as they are now."""
+        return tuple(getattr(module, name) for module, name in self._places)
+
+    def rows_type(self, plain: torch.dtype) -> torch.dtype:
+        """The type in which the input is best given: the operand's, or `plain`."""
+        fused = _fused(self.layers)
+        return plain if fused is None else _operand(fused)
+
+    def rows(self, x: torch.Tensor, pointwise: Pointwise) -> Rows:
+        """x (batch, tokens, in) as rows of that type."""
+        wanted = self.rows_type(x.dtype)
+        return Rows(x) if wanted == x.dtype else pointwise.quantize_rows(x, wanted)
+
+    def __call__(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows (..., in) through every layer: (..., sum of outputs), into `out` where it is given, a view or not."""
+        layers = self.layers
+        fused = _fused(layers)
+        if fused is not None and rows.values.dtype == _operand(fused):
+            return self._product(fused, rows, out, self._lying(fused))
+        return _one_by_one(layers, rows.values, out)
+
+    def join(self) -> None:
+        """Put the stored bytes of the layers side by side, where their format allows it: one call decodes all."""
+        fused = _fused(self.layers)
+        self._joined = None if fused is None or len(fused) == 1 else join(fused)
+
+    def _lying(self, layers: Sequence[QuantLinear]) -> Packed | None:
+        """The joined bytes, as long as the layers still lie in them."""
+        return self._joined if self._joined is not None and lie_as(layers, self._joined) else None
+
+
+def _fused(layers: Sequence[nn.Module]) -> Sequence[QuantLinear] | None:
+    """The layers, if one product can serve them all."""
+    first = layers[0]
+    if not isinstance(first, QuantLinear) or first.execution is None:
+        return None
+    for layer in layers[1:]:
+        if not isinstance(layer, QuantLinear) or layer.execution is None:
+            return None
+        if not first.execution.fits(layer.execution) or layer.in_features != first.in_features:
+            return None
+    return cast(Sequence[QuantLinear], layers)
+
+
+def _operand(layers: Sequence[QuantLinear]) -> torch.dtype:
+    execution = layers[0].execution
+    assert execution is not None
+    return execution.operand
+
+
+def _one_by_one(layers: Sequence[nn.Module], x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    if len(layers) == 1 and out is None:
+        only: torch.Tensor = layers[0](x)
+        return only
+    widths = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    out = x.new_empty(*x.shape[:-1], sum(widths)) if out is None else out
+    if out.shape[-1] != sum(widths):
+        raise ValueError(f"layers of {widths} outputs do not fill a buffer of {out.shape[-1]} columns")
+    stop = 0
+    for layer, width in zip(layers, widths, strict=True):
+        start, stop = stop, stop + width
+        out[..., start:stop] = layer(x)
+    return out

@@ -1,0 +1,55 @@
+"""Stored bytes of several layers side by side in memory, so that one call decodes them, or one product reads them.
+
+Row by row nothing changes: all formats but the doubly quantised ones store rows one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gossamer.formats import Packed, find_format
+from gossamer.layers.linear import QuantLinear
+
+
+def join(layers: Sequence[QuantLinear]) -> Packed | None:
+    """Move the stored bytes into common tensors and make every layer a view of them; None where they cannot lie so."""
+    if not _joinable(layers):
+        return None
+    parts = [layer.packed for layer in layers]
+    common = {role: torch.cat([part.tensors[role] for part in parts]) for role in parts[0].tensors}
+    rows = [part.shape[0] for part in parts]
+    for layer, part, start in zip(layers, parts, _starts(rows), strict=True):
+        views = {role: _rows(tensor, sum(rows), start, part.shape[0]) for role, tensor in common.items()}
+        layer.stored.adopt(views)
+    return Packed(parts[0].format, common, (sum(rows), parts[0].shape[1]))
+
+
+def lie_as(layers: Sequence[QuantLinear], joined: Packed) -> bool:
+    """Whether the layers are still the views that `join` made; moving a layer takes it out."""
+    role, common = next(iter(joined.tensors.items()))
+    address, stride = common.data_ptr(), common.numel() * common.element_size() // joined.shape[0]
+    for layer in layers:
+        if layer.stored.tensor(role).data_ptr() != address:
+            return False
+        address += stride * layer.out_features
+    return True
+
+
+def _joinable(layers: Sequence[QuantLinear]) -> bool:
+    first = layers[0].packed
+    whole_rows = first.shape[1] % find_format(first.format).width_multiple == 0
+    alike = all(layer.packed.format == first.format and layer.packed.shape[1] == first.shape[1] for layer in layers)
+    shared = len({id(layer.stored) for layer in layers}) < len(layers)
+    return whole_rows and alike and not shared and "absmax_offset" not in first.tensors
+
+
+def _starts(rows: Sequence[int]) -> list[int]:
+    return [sum(rows[:place]) for place in range(len(rows))]
+
+
+def _rows(tensor: torch.Tensor, rows: int, start: int, count: int) -> torch.Tensor:
+    """The elements of `count` rows of a matrix whose `rows` rows fill the tensor."""
+    each = tensor.shape[0] // rows
+    return tensor[start * each : (start + count) * each]

@@ -1,0 +1,185 @@
+"""Linears that read the same input as one product: y = [layer_0(x), layer_1(x), ...].
+
+What an operand needs besides its decoding (stacked low-rank terms, row scales, the bias, a merged copy) is made once
+and kept until an adapter, a scale or the place of a layer changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from gossamer.formats import Packed
+from gossamer.kernels.decode_ops import Backend, decode_into, measure_row_scale_into
+from gossamer.kernels.low_rank import StackedTerms, stack_terms
+from gossamer.kernels.pointwise.rows import Rows
+from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_int8
+from gossamer.layers.execution import Execution
+
+if TYPE_CHECKING:
+    from gossamer.layers.linear import QuantLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What fills rows `start` to `stop` of the operand."""
+
+    packed: Packed
+    terms: StackedTerms | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """The weight side of a product (out, width): kept as `weight`, or decoded from `parts` before every product."""
+
+    parts: tuple[Part, ...]
+    weight: torch.Tensor | None
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    rows: int
+    width: int
+
+
+class GroupProduct:
+    """The product of a group of layers, and what it keeps between calls."""
+
+    def __init__(self) -> None:
+        self._operand: Operand | None = None
+        self._made_for: list[tuple[QuantLinear, int]] = []
+        self._made_from: Packed | None = None
+
+    def __call__(
+        self, layers: Sequence[QuantLinear], rows: Rows, out: torch.Tensor | None = None, joined: Packed | None = None
+    ) -> torch.Tensor:
+        """Rows (..., width) to (..., sum of outputs), into `out` where it is given.
+
+        `joined` holds the stored bytes of all layers side by side, where they lie so.
+        """
+        execution = layers[0].execution
+        assert execution is not None
+        operand = self._current(layers, joined)
+        weight = operand.weight
+        if weight is None:
+            weight = execution.workspace.weight(operand.rows, operand.width, execution.operand, rows.values.device)
+            _decode(operand.parts, execution, weight, operand.scale)
+        return _multiply(execution, rows, weight, operand, out)
+
+    def _current(self, layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
+        """The operand as the layers are now."""
+        asked = [(layer, layer.revision) for layer in layers]
+        if self._operand is None or joined is not self._made_from or asked != self._made_for:
+            self._operand = None  # a merged copy is free before the next one is made
+            self._operand = _make_operand(layers, joined)
+            self._made_for, self._made_from = asked, joined
+        return self._operand
+
+
+# the weight -----------------------------------------------------------------------------------------------------------
+
+
+def _make_operand(layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
+    execution = layers[0].execution
+    assert execution is not None
+    parts = _parts(layers, joined)
+    ready = execution.decode == "none" and len(parts) == 1 and parts[0].terms is None
+    ready = ready and layers[0].in_features == parts[0].packed.shape[1]
+    bias = _bias(layers, execution.activations)
+    operand = Operand(parts, None, None, bias, parts[-1].stop, layers[0].in_features)
+    if ready:
+        return replace(operand, weight=_codes(parts[0].packed), scale=parts[0].packed.tensors.get("scale"))
+    if execution.rows_have_scales:
+        operand = replace(operand, scale=_measured_scale(operand, execution))
+    if execution.decode == "none" and execution.keeps_merged:
+        kept = torch.empty(operand.rows, operand.width, dtype=execution.operand, device=parts[0].packed.device)
+        _decode(parts, execution, kept, operand.scale)
+        operand = replace(operand, weight=kept)
+    return operand
+
+
+def _parts(layers: Sequence[QuantLinear], joined: Packed | None) -> tuple[Part, ...]:
+    """One part a layer; one in all where the bytes lie side by side and no adapter tells the layers apart."""
+    terms = [_stacked(layer) for layer in layers]
+    if joined is not None and not any(terms):
+        return (Part(joined, None, 0, joined.shape[0]),)
+    parts, stop = [], 0
+    for layer, stacked in zip(layers, terms, strict=True):
+        start, stop = stop, stop + layer.out_features
+        parts.append(Part(layer.packed, stacked, start, stop))
+    return tuple(parts)
+
+
+def _stacked(layer: QuantLinear) -> StackedTerms | None:
+    active = layer.active()
+    return stack_terms([(each.up, each.down, each.scale) for each in active]) if active else None
+
+
+def _bias(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor | None:
+    """All biases side by side (out,), zeros for a layer without one."""
+    biases = [layer.effective_bias(dtype) for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    device = layers[0].packed.device
+    empty = [torch.zeros(layer.out_features, dtype=dtype, device=device) for layer in layers]
+    return torch.cat([other if bias is None else bias for bias, other in zip(biases, empty, strict=True)])
+
+
+def _measured_scale(operand: Operand, execution: Execution) -> torch.Tensor:
+    """(out,): what one unit of code is worth in each row."""
+    scale = torch.empty(operand.rows, dtype=torch.float32, device=operand.parts[0].packed.device)
+    for part in operand.parts:
+        own = scale[part.start : part.stop]
+        backend = _writer(execution, part)
+        measure_row_scale_into(part.packed, own, execution.operand, operand.width, backend, part.terms)
+    return scale
+
+
+def _decode(parts: Sequence[Part], execution: Execution, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
+    for part in parts:
+        own = slice(part.start, part.stop)
+        row_scale = None if scale is None else scale[own]
+        decode_into(part.packed, weight[own], _writer(execution, part), part.terms, row_scale)
+
+
+def _writer(execution: Execution, part: Part) -> Backend:
+    return execution.merge if part.terms is not None or execution.decode == "none" else execution.decode
+
+
+def _codes(packed: Packed) -> torch.Tensor:
+    return packed.tensors["values"] if "values" in packed.tensors else packed.tensors["codes"]
+
+
+# the product ----------------------------------------------------------------------------------------------------------
+
+
+def _multiply(
+    execution: Execution, rows: Rows, weight: torch.Tensor, operand: Operand, out: torch.Tensor | None
+) -> torch.Tensor:
+    """One library product, written straight into `out` where its rows lie side by side."""
+    target = _flat(out, execution.activations)
+    if rows.scale is None:
+        result = matmul(rows.values.reshape(-1, operand.width), weight, operand.bias, target)
+    else:
+        codes, row_scale = rows.values.reshape(-1, operand.width), rows.scale.reshape(-1)
+        assert operand.scale is not None
+        arguments = (codes, row_scale, weight, operand.scale, operand.bias, execution.activations)
+        if execution.product == "int_mm":
+            result = matmul_int8(*arguments, execution.pointwise.rescale_product)
+        else:
+            result = SCALED_PRODUCTS[execution.product](*arguments, target)
+    shaped = result.view(*rows.values.shape[:-1], operand.rows)
+    if out is None:
+        return shaped
+    if target is None or result.data_ptr() != target.data_ptr():
+        out.copy_(shaped)
+    return out
+
+
+def _flat(out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """`out` as a matrix, or None where the product cannot write into it: scattered rows, or another type."""
+    fit = out is not None and out.is_contiguous() and out.dtype == dtype
+    return out.view(-1, out.shape[-1]) if out is not None and fit else None

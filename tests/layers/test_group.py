@@ -1,0 +1,191 @@
+"""A group of linears as one product: against its layers run one after the other, in every storage and operand type."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.formats import pack
+from gossamer.kernels.pointwise import Rows
+from gossamer.kernels.pointwise.backends import TORCH
+from gossamer.layers import Execution, LinearGroup, LowRank, QuantLinear, Workspace
+
+WIDTH = 256
+OUTS = (32, 16, 48)
+
+
+def group_of(layers):
+    holder = nn.ModuleList(layers)
+    return LinearGroup(*((holder, str(place)) for place in range(len(layers))))
+
+
+def low_rank(name, out, seed, scale=0.7, bias=False):
+    torch.manual_seed(seed)
+    down, up = torch.randn(4, WIDTH) * 0.05, torch.randn(out, 4) * 0.05
+    return LowRank(name, down, up, scale, torch.randn(out) if bias else None)
+
+
+def packed_layers(storage, bias=True):
+    torch.manual_seed(0)
+    weights = [torch.randn(out, WIDTH) * 0.02 for out in OUTS]
+    return [QuantLinear(pack(w, storage), torch.randn(len(w)) if bias else None) for w in weights]
+
+
+OWN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def executed(layers, operand, **changes):
+    """The same layers with an execution in torch."""
+    product = "linear" if operand.is_floating_point and operand.itemsize > 1 else "reference"
+    product = "int_mm" if operand == torch.int8 else product
+    options = {"activations": torch.float32, "merge": "torch", "product": product, "workspace": Workspace(), **changes}
+    for layer in layers:
+        decode = "none" if OWN.get(layer.packed.format) == operand else "torch"
+        layer.execution = Execution(operand, decode=decode, pointwise=TORCH, **options)
+    return layers
+
+
+@pytest.fixture
+def mixed():
+    """A plain linear, one without bias, a packed one and a packed one with an adapter; 7, 3, 5 and 4 outputs."""
+    torch.manual_seed(0)
+    adapted = QuantLinear(pack(torch.randn(4, 64), "nf4"), torch.randn(4))
+    adapted.add(LowRank("style", torch.randn(2, 64), torch.randn(4, 2), 0.5))
+    packed = QuantLinear(pack(torch.randn(5, 64), "int8"))
+    return [nn.Linear(64, 7), nn.Linear(64, 3, bias=False), packed, adapted]
+
+
+# layers without an execution ------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_every_layer_has_its_columns(mixed):
+    x = torch.randn(2, 6, 64)
+    expected = torch.cat([layer(x) for layer in mixed], dim=-1)
+    out = torch.empty(2, 6, 19)
+    assert group_of(mixed)(Rows(x), out) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(group_of(mixed)(Rows(x)), expected)
+
+
+@torch.inference_mode()
+def test_a_view_is_written_and_nothing_besides(mixed):
+    x = torch.randn(2, 6, 64)
+    buffer = torch.full((2, 10, 19), torch.nan)
+    group_of(mixed)(Rows(x), buffer[:, 3:9])
+    assert torch.equal(buffer[:, 3:9], group_of(mixed)(Rows(x)))
+    assert buffer[:, :3].isnan().all()
+    assert buffer[:, 9:].isnan().all()
+
+
+@torch.inference_mode()
+def test_a_buffer_of_another_width_is_refused(mixed):
+    with pytest.raises(ValueError, match="20 columns"):
+        group_of(mixed)(Rows(torch.randn(1, 2, 64)), torch.empty(1, 2, 20))
+
+
+# layers that are one product ------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_one_product_is_as_exact_as_its_layers(storage, bias, joined):
+    x = torch.randn(2, 6, WIDTH)
+    layers = packed_layers(storage, bias)
+    layers[1].add(low_rank("style", OUTS[1], 1, bias=True))
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    plain = torch.cat([copy.deepcopy(layer)(x) for layer in packed_layers(storage, bias)], dim=-1)
+    group = group_of(executed(layers, torch.float32))
+    if joined:
+        group.join()
+    buffer = torch.full((2, 10, sum(OUTS)), torch.nan)
+    group(Rows(x), buffer[:, 1:7])
+    torch.testing.assert_close(buffer[:, 1:7], expected, rtol=1e-5, atol=1e-5)
+    assert buffer[:, 7:].isnan().all()
+    layers[1].remove("style")
+    torch.testing.assert_close(group(Rows(x)), plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_joining_changes_no_byte(storage):
+    layers = packed_layers(storage)
+    before = [{role: tensor.clone() for role, tensor in layer.packed.tensors.items()} for layer in layers]
+    group_of(executed(layers, torch.float32)).join()
+    for layer, tensors in zip(layers, before, strict=True):
+        now = layer.packed.tensors
+        assert all(torch.equal(now[role].view(torch.uint8), tensors[role].view(torch.uint8)) for role in tensors)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("operand", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4", "Q4_K"])
+def test_eight_bit_products_are_near_the_exact_one(operand, storage):
+    x = torch.randn(2, 6, WIDTH)
+    layers = packed_layers(storage)
+    layers[2].add(low_rank("style", OUTS[2], 2))
+    exact = torch.cat([layer(x) for layer in layers], dim=-1)
+    group = group_of(executed(layers, operand))
+    assert group.rows_type(torch.float32) == operand
+    found = group(group.rows(x, TORCH))
+    error = (found - exact).norm() / exact.norm()
+    assert 0 < error < (0.05 if operand == torch.float8_e4m3fn else 0.02)
+
+
+@torch.inference_mode()
+def test_a_change_of_scale_or_adapter_is_seen(storage):
+    x, layers = torch.randn(1, 3, WIDTH), packed_layers(storage)
+    group = group_of(executed(layers, torch.float32, keeps_merged=True))
+    group.join()
+    without = group(Rows(x))
+    layers[0].add(low_rank("style", OUTS[0], 3))
+    full = group(Rows(x))
+    layers[0].set_scale("style", 0.35)
+    half = group(Rows(x))
+    torch.testing.assert_close(half - without, (full - without) / 2, rtol=1e-4, atol=1e-5)
+    layers[0].set_scale("style", 0.0)
+    assert torch.equal(group(Rows(x)), without)
+    layers[0].remove("style")
+    assert torch.equal(group(Rows(x)), without)
+
+
+@torch.inference_mode()
+def test_a_merged_copy_leaves_the_stored_bytes_alone():
+    x, layers = torch.randn(1, 3, WIDTH), packed_layers("fp8")
+    group = group_of(executed(layers, torch.float8_e4m3fn, keeps_merged=True))
+    before = [layer.packed.tensors["codes"].clone() for layer in layers]
+    without = group(group.rows(x, TORCH))
+    layers[1].add(low_rank("style", OUTS[1], 4))
+    assert not torch.equal(group(group.rows(x, TORCH)), without)
+    layers[1].remove("style")
+    assert torch.equal(group(group.rows(x, TORCH)), without)
+    for layer, codes in zip(layers, before, strict=True):
+        assert torch.equal(layer.packed.tensors["codes"].view(torch.uint8), codes.view(torch.uint8))
+
+
+@torch.inference_mode()
+def test_a_copy_of_a_model_has_groups_of_its_own():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = executed(packed_layers("nf4")[:2], torch.float32)
+            self.group = LinearGroup((self, "a"), (self, "b"))
+            self.group.join()
+
+    part, x = Part(), torch.randn(1, 3, WIDTH)
+    before = part.group(Rows(x))
+    other = copy.deepcopy(part)
+    other.a.add(low_rank("style", OUTS[0], 5))
+    assert not torch.equal(other.group(Rows(x)), before)
+    assert torch.equal(part.group(Rows(x)), before)
+
+
+@torch.inference_mode()
+def test_a_layer_alone_runs_as_its_group_does():
+    x = torch.randn(2, 6, WIDTH, dtype=torch.bfloat16)
+    (layer,) = executed(packed_layers("nf4")[:1], torch.float8_e4m3fn)
+    group = group_of([layer])
+    assert torch.equal(layer(x), group(group.rows(x, TORCH)).to(torch.bfloat16))

@@ -1,0 +1,98 @@
+"""Preparing a transformer: the choice reaches its linears, and results stay the same within the operand's error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.adapters import Adapter, LowRankTerm, attach, detach
+from gossamer.errors import InvalidOptionError
+from gossamer.kernels.detect import detect
+from gossamer.models.flux import from_diffusers, prepare
+from gossamer.models.flux_spec import FluxSpec, linear_shapes
+from gossamer.models.swap import linear_layers, quantize
+
+WIDE = {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 64, "in_channels": 64}
+
+
+@pytest.fixture
+def packed(make_diffusers):
+    """The small model, wide enough for every block format, its linears stored in one."""
+
+    def make(storage):
+        model = from_diffusers(make_diffusers(**WIDE))
+        quantize(model, storage)
+        return model
+
+    return make
+
+
+def adapter_of(model, seed=3):
+    torch.manual_seed(seed)
+    spec = FluxSpec.from_config(model.config)
+    shapes = {name: shape for name, shape in linear_shapes(spec).items() if "transformer_blocks." in name}
+    factors = {name: (torch.randn(4, columns), torch.randn(rows, 4)) for name, (rows, columns) in shapes.items()}
+    return Adapter(spec, {name: LowRankTerm(down * 0.02, up * 0.02) for name, (down, up) in factors.items()})
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "fp8", "int8", "nf4", "nf4-dq", "Q8_0", "Q4_K"])
+def test_the_result_stays_the_same_in_float32(packed, make_inputs, storage):
+    model = packed(storage)
+    inputs = make_inputs(model.config, batch=2)
+    expected = model(**inputs).sample
+    prepared = prepare(model, "fp32")
+    assert {choice.compute for choice in prepared.kinds()} == {"fp32"}
+    torch.testing.assert_close(model(**inputs).sample, expected, rtol=1e-5, atol=2e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("storage", ["fp8", "nf4", "Q4_K"])
+@pytest.mark.parametrize("keeps_merged", [True, False])
+def test_adapters_come_and_go(packed, make_inputs, storage, keeps_merged):
+    plain, model = packed(storage), packed(storage)
+    inputs = make_inputs(model.config)
+    prepare(model, "fp32", keeps_merged=keeps_merged)
+    before = model(**inputs).sample
+    for each in (plain, model):
+        attach(each, adapter_of(each), "style")
+    torch.testing.assert_close(model(**inputs).sample, plain(**inputs).sample, rtol=1e-5, atol=5e-5)
+    assert not torch.allclose(model(**inputs).sample, before, atol=1e-3)
+    detach(model, "style")
+    assert torch.equal(model(**inputs).sample, before)
+
+
+@torch.inference_mode()
+def test_eight_bit_products_reach_the_blocks_alone(packed, make_inputs):
+    model = packed("nf4")
+    inputs = make_inputs(model.config)
+    expected = model(**inputs).sample
+    prepared = prepare(model, "fp8")
+    computes = {name: choice.compute for name, choice in prepared.choices.items()}
+    assert computes["transformer_blocks.0.attn.to_q"] == "fp8"
+    assert computes["transformer_blocks.0.norm1.linear"] == "fp32"
+    assert computes["x_embedder"] == computes["proj_out"] == "fp32"
+    found = model(**inputs).sample
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert 1e-4 < error < 0.1
+
+
+def test_equal_choices_are_one_execution(packed):
+    model = packed("nf4")
+    prepare(model, "fp8")
+    layers = linear_layers(model).values()
+    assert 1 < len({id(layer.execution) for layer in layers}) < 6
+    assert len({id(layer.execution.workspace) for layer in layers}) == 1
+
+
+def test_a_wish_that_the_chip_cannot_meet_changes_nothing(packed):
+    model = packed("nf4")
+    with pytest.raises(InvalidOptionError):
+        prepare(model, "fp8", capability=_turing())
+    assert all(layer.execution is None for layer in linear_layers(model).values())
+
+
+def _turing():
+    from dataclasses import replace
+
+    return replace(detect("cpu"), kind="cuda", name="Turing", compute_capability=(7, 5), cuda_version=(12, 8))
