@@ -112,4 +112,5 @@ if __name__ == "__main__":
             ptx = kernel.asm["ptx"]
             facts = {"chip": chip, "kernel": launch.kernel, "output": launch.output}
             facts |= {"binary_bytes": len(kernel.asm["cubin"]), "vector_loads": ptx.count("ld.global.v4.b32")}
+            facts |= {"half_vector_loads": ptx.count("ld.global.v2.b32")}
             print(json.dumps({**facts, "nan_maxima": ptx.count("max.NaN.f32")}), flush=True)

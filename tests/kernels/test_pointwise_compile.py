@@ -40,6 +40,7 @@ def test_every_kernel_compiles_for_every_chip(compiled, chip):
 
 def test_rows_are_read_sixteen_bytes_at_a_time(compiled):
     assert all(fact["vector_loads"] >= 2 for fact in compiled), [f for f in compiled if f["vector_loads"] < 2]
+    assert not [fact for fact in compiled if fact["half_vector_loads"]]
 
 
 def test_a_peak_keeps_nan(compiled):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -14,6 +16,13 @@ pytestmark = [
 ]
 WIDTH, HEAD_SIZE, TEXT_TOKENS = 3072, 128, 512
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    """As models are run; the kernels are then launched straight, not through their operators."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(params=[4608, 1031], ids=["1024x1024", "odd"])
@@ -111,6 +120,25 @@ def test_no_code_hides_a_nan(dtype):
     rows = triton_functions().quantize_rows(x, dtype).dequantize()
     assert rows[0, 3, 77].isnan()
     assert rows[0, 4].isfinite().all()
+
+
+def test_a_prepared_launch_and_an_operator_do_what_the_first_launch_did(dtype):
+    triton, (scale, shift) = triton_functions(), normal(2, 1, WIDTH, seed=2)
+    by, x = Modulation(scale, shift), normal(1, 96, WIDTH)
+    first = [triton.norm_modulate(x, by, dtype), triton.gelu_concat(x, x, dtype)]
+    again = [triton.norm_modulate(x.clone(), by, dtype), triton.gelu_concat(x.clone(), x, dtype)]
+    with torch.enable_grad():
+        through = [triton.norm_modulate(x, by, dtype), triton.gelu_concat(x, x, dtype)]
+    for one, *others in zip(first, again, through, strict=True):
+        assert all(torch.equal(one.dequantize(), other.dequantize()) for other in others)
+
+
+def test_a_launch_on_an_odd_address_reads_every_value():
+    """Machine code that loads 16 bytes at a time is not used where they are not aligned."""
+    triton, buffer = triton_functions(), normal(1, 8, WIDTH + 8)
+    for shift in (0, 1, 8):
+        x = buffer.flatten()[shift : shift + 8 * WIDTH].view(1, 8, WIDTH)
+        assert torch.equal(triton.quantize_rows(x, torch.float32).values, x.float())
 
 
 def test_a_new_resolution_compiles_nothing():

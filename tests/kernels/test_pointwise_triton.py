@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from gossamer.errors import InvalidOptionError, UnsupportedShapeError
 from gossamer.kernels.pointwise import HeadNorm, Modulation, Rotation, Rows, TextNorm
 from gossamer.kernels.pointwise.backends import TORCH, triton_functions
-from gossamer.kernels.pointwise.launch import Pieces, head_tiles, pieces, warps
+from gossamer.kernels.pointwise.launch import Launcher, Pieces, Plan, head_tiles, pieces, warps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = triton_functions()
@@ -29,7 +30,8 @@ few = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChec
 def poisoned() -> Iterator[None]:
     """Fresh memory is NaN, or the largest integer, so that a value that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with torch.no_grad():
+        yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -237,10 +239,37 @@ def test_inference_mode_and_parameters():
     with torch.inference_mode():
         x, by = normal(1, 2, 16), Modulation(normal(1, 16), normal(1, 16))
         TRITON.residual_gate_norm_modulate_(x, by.scale, x.clone(), by, torch.int8)
-    with torch.no_grad():
-        weight = torch.nn.Parameter(normal(8))
-        rotation = Rotation(normal(2, 8), normal(2, 8))
-        assert TRITON.qk_norm_rope_(normal(1, 2, 48), rotation, HeadNorm(weight, weight), None).isfinite().all()
+    weight = torch.nn.Parameter(normal(8))
+    rotation = Rotation(normal(2, 8), normal(2, 8))
+    assert TRITON.qk_norm_rope_(normal(1, 2, 48), rotation, HeadNorm(weight, weight), None).isfinite().all()
+
+
+def every_function(x: torch.Tensor, qkv: torch.Tensor) -> list[torch.Tensor]:
+    """What every function makes of these tensors."""
+    gate, scale, shift = normal(3, 1, 48, seed=2)
+    by, rotation = Modulation(scale, shift), Rotation(normal(3, 8), normal(3, 8, seed=1))
+    norm = HeadNorm(normal(8), normal(8, seed=2))
+    rows = [
+        TRITON.norm_modulate(x, by, torch.int8),
+        TRITON.residual_gate_norm_modulate_(x, gate, qkv, by, torch.float16),
+        TRITON.gelu_concat(x, qkv, torch.int8),
+        TRITON.gelu_rows(x, torch.float32),
+        TRITON.quantize_rows(x, torch.int8),
+    ]
+    product = TRITON.rescale_product(x[0].int(), normal(3), normal(48), None, torch.float32)
+    plain = [TRITON.residual_gate_(x, gate, qkv), TRITON.qk_norm_rope_(qkv, rotation, norm, TextNorm(1, norm)), product]
+    return [*plain, *(part for one in rows for part in (one.values, one.scale) if part is not None)]
+
+
+def test_operators_run_the_same_kernels_where_gradients_are_recorded():
+    x, qkv = normal(1, 3, 48), normal(1, 3, 48, seed=1)
+    straight = every_function(x.clone(), qkv.clone())
+    with torch.enable_grad():
+        through = every_function(x.clone(), qkv.clone())
+        assert all(torch.equal(found, expected) for found, expected in zip(through, straight, strict=True))
+        rows = TRITON.gelu_rows(x.requires_grad_(), torch.float32)
+        with pytest.raises(RuntimeError, match=r"through gossamer\.gelu_rows"):
+            rows.values.sum().backward()
 
 
 def test_what_does_not_fit_is_refused_before_the_launch():
@@ -269,6 +298,53 @@ def test_what_does_not_fit_is_refused_before_the_launch():
         TRITON.rescale_product(x[0].int(), normal(3), normal(8), None, torch.float32)
 
 
+class RecordingKernel:
+    """Stands for a kernel and for its machine code, and notes what it is launched with."""
+
+    def __init__(self) -> None:
+        self.compilations: list[tuple] = []
+        self.launches: list[tuple] = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, num_warps=None):
+            if num_warps is None:
+                self.launches.append((grid, *arguments))
+            else:
+                self.compilations.append((grid, *arguments, num_warps))
+            return self
+
+        return launch
+
+
+def test_a_launch_is_prepared_once_for_every_layout_and_keeps_no_tensor():
+    kernel, planned = RecordingKernel(), []
+
+    def plan(x: torch.Tensor, _: None, width: int) -> Plan:
+        planned.append((x.dtype, width))
+        return Plan((x.shape[0], 1, 1), (width,), 4)
+
+    launcher, buffer = Launcher(kernel, plan), torch.zeros(64)
+    aligned, shifted = buffer[:32].view(4, 8), buffer[1:33].view(4, 8)
+    for x in (aligned, aligned, shifted, aligned.clone()):
+        launcher(x, None, options=(8,))(x, None)
+    launcher(aligned, None, options=(16,))(aligned, None)
+    launcher(aligned.half(), None, options=(8,))
+    assert planned == [(torch.float32, 8), (torch.float32, 8), (torch.float32, 16), (torch.float16, 8)]
+    assert [call[-1] for call in kernel.compilations] == [4, 4, 4]
+    assert [(call[0], *call[2:]) for call in kernel.launches] == [((4, 1, 1), None, 8)] * 2
+    kernel.launches.clear()
+    kernel.compilations.clear()
+    gone = weakref.ref(aligned)
+    del x, aligned
+    assert gone() is None
+
+
+def test_refused_tensors_are_refused_again():
+    for _ in range(2):
+        with pytest.raises(UnsupportedShapeError, match="rows of 99 values"):
+            TRITON.quantize_rows(normal(1, 1, 99), torch.int8)
+
+
 def test_rows_are_taken_in_power_of_two_pieces_without_padding():
     assert pieces(3072) == Pieces(1024, 3)
     assert pieces(12288) == Pieces(4096, 3)
@@ -277,5 +353,6 @@ def test_rows_are_taken_in_power_of_two_pieces_without_padding():
         assert pieces(width).block * pieces(width).count == width
     assert (head_tiles(24, 128).heads, head_tiles(24, 128).count) == (8, 3)
     assert (head_tiles(8, 32).heads, head_tiles(8, 32).count) == (8, 1)
-    assert [warps(width, 32) for width in (8, 256, 3072)] == [1, 1, 4]
-    assert [warps(width, 64) for width in (12288, 15360, 10**6)] == [8, 8, 16]
+    assert [warps(width, 32, 4096) for width in (8, 256, 3072)] == [1, 1, 4]
+    assert [warps(width, 64, 4096) for width in (12288, 15360, 10**6)] == [8, 8, 16]
+    assert [warps(15360, 64, piece) for piece in (8, 512, 1024)] == [1, 2, 4]

@@ -1,12 +1,17 @@
-"""How a pointwise kernel is launched: a pure function of the width, the same on every chip and for every token count.
+"""How a pointwise kernel is launched: a pure function of the layouts, the same on every chip and for every token count.
 
 A program works on whole rows, so that a row is read once and stays in registers. Triton's tiles have power-of-two
 sizes; a row of 3072 is taken as three pieces of 1024, without padding, rather than as a tile of 4096 a quarter empty.
+
+A `Launcher` checks the tensors and looks the machine code up once for every layout, not at every call: a kernel takes
+20 us, and Triton's own look-up about as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +21,7 @@ PIECE_LARGEST = 4096
 PIECES_LARGEST = 32  # every piece is unrolled code
 WARP = 32
 WARPS_LARGEST = 16
+LOAD_VALUES = 8
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,13 @@ def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def warps(values: int, values_a_thread: int) -> int:
-    """Warps of a program that holds `values` values in registers, about `values_a_thread` in each thread."""
-    return min(power_of_two(-(-values // (WARP * values_a_thread))), WARPS_LARGEST)
+def warps(values: int, values_a_thread: int, piece: int) -> int:
+    """Warps of a program that holds `values` values in registers, about `values_a_thread` in each thread.
+
+    No more than read a piece in loads of 8 values: 16 bytes of bfloat16.
+    """
+    wanted = power_of_two(-(-values // (WARP * values_a_thread)))
+    return min(wanted, WARPS_LARGEST, max(1, piece // (WARP * LOAD_VALUES)))
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class HeadTiles:
     count: int
 
 
-HEAD_TILE_VALUES = 1024  # 8 values, one 16-byte load of bfloat16, in each of 128 threads
+HEAD_TILE_VALUES = 1024  # one load in each of 128 threads
 
 
 def head_tiles(heads: int, dim: int) -> HeadTiles:
@@ -94,3 +104,73 @@ def require_shape(shape: tuple[int, ...], **tensors: torch.Tensor) -> None:
                 "the Triton pointwise kernels do not broadcast",
                 f"give {name} the shape {shape}",
             )
+
+
+def through_operator() -> bool:
+    """Whether a call must go through its `gossamer::` operator, which costs the host some 20 us.
+
+    The compiler and autograd see operators only: autograd refuses to differentiate one, and notices what it changed.
+    """
+    return torch.compiler.is_compiling() or torch.is_grad_enabled()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel is launched with besides its tensors."""
+
+    grid: tuple[int, int, int]
+    numbers: tuple[float | None, ...]  # the parameters behind the tensors, in their order
+    warps: int
+
+
+class Launch:
+    """A plan and, from its first run on, the machine code that Triton made for it."""
+
+    def __init__(self, kernel: Any, plan: Plan, device: int) -> None:
+        self._kernel = kernel
+        self._plan = plan
+        self._device = device
+        self._run: Callable[..., object] | None = None  # stays None in Triton's interpreter
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Run the kernel on tensors of the layouts that the plan was made for."""
+        plan = self._plan
+        with torch.cuda.device(self._device):
+            if self._run is not None:
+                self._run(*tensors, *plan.numbers)
+                return
+            compiled = self._kernel[plan.grid](*tensors, *plan.numbers, num_warps=plan.warps)
+            self._run = compiled[plan.grid] if compiled is not None else None
+
+
+LAUNCHES_LARGEST = 1024  # kept by a launcher: dozens of resolutions
+
+Layout = tuple[Hashable, ...]
+
+
+def layout(tensor: torch.Tensor | None) -> Layout | None:
+    """All that checks and machine code depend on; Triton compiles for addresses that 16 divides, or for any."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
+
+
+class Launcher:
+    """The launches of one kernel by the layouts of its inputs. It keeps no tensor."""
+
+    def __init__(self, kernel: Any, plan: Callable[..., Plan]) -> None:
+        self._kernel = kernel
+        self._plan = plan
+        self._launches: dict[Hashable, Launch] = {}
+
+    def __call__(self, *inputs: torch.Tensor | None, options: tuple[Hashable, ...] = ()) -> Launch:
+        """The launch for these inputs; `plan(*inputs, *options)` refuses what does not fit."""
+        device = next(tensor.get_device() for tensor in inputs if tensor is not None)  # -1 where it is no GPU
+        key = (device, options, *map(layout, inputs))
+        found = self._launches.get(key)
+        if found is None:
+            found = Launch(self._kernel, self._plan(*inputs, *options), device)
+            if len(self._launches) >= LAUNCHES_LARGEST:
+                self._launches.clear()
+            self._launches[key] = found
+        return found

@@ -64,13 +64,19 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> Rows:
     return Rows((codes.round() if dtype == torch.int8 else codes).to(dtype), scale)
 
 
-def empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unwritten values (..., width) and scale for a kernel to fill; the scale of plain rows has no elements."""
-    scale_shape = shape[:-1] if largest_code(dtype) is not None else torch.Size([0])
+def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    """Unwritten rows for a kernel to fill."""
     values = torch.empty(shape, dtype=dtype, device=device)
-    return values, torch.empty(scale_shape, dtype=torch.float32, device=device)
+    if largest_code(dtype) is None:
+        return Rows(values)
+    return Rows(values, torch.empty(shape[:-1], dtype=torch.float32, device=device))
 
 
-def rows_from(values: torch.Tensor, scale: torch.Tensor) -> Rows:
-    """Rows from what a kernel filled."""
+def to_operator(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as an operator returns them; where there is no scale, a tensor without elements stands for it."""
+    return rows.values, rows.scale if rows.scale is not None else rows.values.new_empty(0, dtype=torch.float32)
+
+
+def from_operator(values: torch.Tensor, scale: torch.Tensor) -> Rows:
+    """Rows from what an operator returned."""
     return Rows(values, scale if values.dtype in LARGEST_CODE else None)

@@ -7,16 +7,25 @@ joined in registers, since neighbours lie in one thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from gossamer.kernels.pointwise.launch import head_tiles, require_shape, require_unit_stride, warps
+from gossamer.kernels.pointwise.launch import (
+    LOAD_VALUES,
+    Launcher,
+    Plan,
+    head_tiles,
+    require_shape,
+    require_unit_stride,
+    through_operator,
+    warps,
+)
 from gossamer.kernels.pointwise.modulate import EPS
 from gossamer.kernels.pointwise.rotary import HeadNorm, Rotation, TextNorm, head_count
 from gossamer.kernels.pointwise.triton_tiles import add, appended, row_start
-
-VALUES_A_THREAD = 8
 
 
 @triton.jit
@@ -66,7 +75,7 @@ def norm_rotate_store(
     for tile in tl.static_range(len(tiles)):
         x = tiles[tile]
         squares = tl.reduce(x * x, 1, add)
-        factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
+        factor = tl.rsqrt(squares / DIM + eps)[:, None]
         even, odd = split_pairs(x, HEADS, DIM)
         even = even * factor * weight[0]
         odd = odd * factor * weight[1]
@@ -75,7 +84,7 @@ def norm_rotate_store(
         tl.store(start + tile * (HEADS * DIM) + head_offsets(HEADS, DIM), out)
 
 
-@triton.jit(do_not_specialize=("tokens", "text_tokens"))
+@triton.jit(do_not_specialize=("text_tokens",))
 def qk_norm_rope_kernel(
     qkv: tl.tensor,  # (batch, tokens, at least 2 * heads * DIM), written in place
     cos: tl.tensor,  # (tokens, DIM)
@@ -85,7 +94,6 @@ def qk_norm_rope_kernel(
     text_query: tl.tensor,  # those of the first `text_tokens` tokens, or None
     text_key: tl.tensor,
     eps: tl.tensor,
-    tokens: tl.tensor,
     text_tokens: tl.tensor,
     batch_stride: tl.tensor,
     token_stride: tl.tensor,
@@ -96,9 +104,8 @@ def qk_norm_rope_kernel(
     COUNT: tl.constexpr,
 ) -> None:
     """One token: norm and rotate all heads of its queries and keys."""
-    row = tl.program_id(0)
-    token = row % tokens
-    queries = row_start(qkv, row, tokens, batch_stride, token_stride)
+    token = tl.program_id(0)
+    queries = row_start(qkv, batch_stride, token_stride)
     keys = queries + HEADS * DIM * COUNT
     query_tiles = load_heads(queries, HEADS, DIM, COUNT)
     key_tiles = load_heads(keys, HEADS, DIM, COUNT)
@@ -114,6 +121,46 @@ def qk_norm_rope_kernel(
     norm_rotate_store(keys, key_tiles, key_weight, cos_pairs, sin_pairs, eps, HEADS, DIM)
 
 
+def require_weights(norm: HeadNorm, dim: int) -> None:
+    """Refuse norm weights that do not fit a head."""
+    require_shape((dim,), query=norm.query, key=norm.key)
+    require_unit_stride(query=norm.query, key=norm.key)
+
+
+def require_rotatable(qkv: torch.Tensor, rotation: Rotation, norm: HeadNorm, text: HeadNorm | None) -> int:
+    """Refuse what does not fit; the number of heads."""
+    heads = head_count(qkv, rotation)
+    require_unit_stride(qkv=qkv, cos=rotation.cos, sin=rotation.sin)
+    for one in (norm, text):
+        if one is not None:
+            require_weights(one, rotation.cos.shape[1])
+    return heads
+
+
+def plan_qk_norm_rope(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    text_query: torch.Tensor | None,
+    text_key: torch.Tensor | None,
+    text_tokens: int,
+    eps: float,
+) -> Plan:
+    """How the kernel is launched; refuses what does not fit."""
+    text = HeadNorm(text_query, text_key) if text_query is not None and text_key is not None else None
+    heads = require_rotatable(qkv, Rotation(cos, sin), HeadNorm(query, key), text)
+    dim = cos.shape[1]
+    tiles = head_tiles(heads, dim)
+    strides = (qkv.stride(0), qkv.stride(1), cos.stride(0), sin.stride(0))
+    numbers = (eps, text_tokens, *strides, tiles.heads, dim, tiles.count)
+    return Plan((qkv.shape[1], qkv.shape[0], 1), numbers, warps(tiles.heads * dim, LOAD_VALUES, tiles.heads * dim))
+
+
+qk_norm_rope_launch = Launcher(qk_norm_rope_kernel, plan_qk_norm_rope)
+
+
 @torch.library.custom_op("gossamer::qk_norm_rope_", mutates_args=("qkv",))
 def qk_norm_rope_op(
     qkv: torch.Tensor,
@@ -127,30 +174,23 @@ def qk_norm_rope_op(
     eps: float,
 ) -> None:
     """Opaque to torch.compile."""
-    batch, tokens, width = qkv.shape
-    dim = cos.shape[1]
-    tiles = head_tiles(width // (3 * dim), dim)
-    with torch.cuda.device_of(qkv):
-        qk_norm_rope_kernel[(batch * tokens,)](
-            qkv,
-            cos,
-            sin,
-            query,
-            key,
-            text_query,
-            text_key,
-            eps,
-            tokens,
-            text_tokens,
-            qkv.stride(0),
-            qkv.stride(1),
-            cos.stride(0),
-            sin.stride(0),
-            HEADS=tiles.heads,
-            DIM=dim,
-            COUNT=tiles.count,
-            num_warps=warps(tiles.heads * dim, VALUES_A_THREAD),
-        )
+    launch_qk_norm_rope(qkv, cos, sin, query, key, text_query, text_key, text_tokens, eps)
+
+
+def launch_qk_norm_rope(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    text_query: torch.Tensor | None,
+    text_key: torch.Tensor | None,
+    text_tokens: int,
+    eps: float,
+) -> None:
+    """Run the kernel."""
+    tensors = (qkv, cos, sin, query, key, text_query, text_key)
+    qk_norm_rope_launch(*tensors, options=(text_tokens, eps))(*tensors)
 
 
 @qk_norm_rope_op.register_fake
@@ -168,30 +208,14 @@ def _(
     return None
 
 
-def require_weights(norm: HeadNorm, rotation: Rotation) -> None:
-    """Refuse norm weights that do not fit a head."""
-    require_shape((rotation.cos.shape[1],), query=norm.query, key=norm.key)
-    require_unit_stride(query=norm.query, key=norm.key)
-
-
 def qk_norm_rope_(
     qkv: torch.Tensor, rotation: Rotation, norm: HeadNorm, text: TextNorm | None = None, eps: float = EPS
 ) -> torch.Tensor:
     """`rotary.qk_norm_rope_` in one pass."""
-    head_count(qkv, rotation)
-    require_unit_stride(qkv=qkv, cos=rotation.cos, sin=rotation.sin)
-    require_weights(norm, rotation)
-    if text is not None:
-        require_weights(text.norm, rotation)
-    qk_norm_rope_op(
-        qkv,
-        rotation.cos,
-        rotation.sin,
-        norm.query,
-        norm.key,
-        text.norm.query if text is not None else None,
-        text.norm.key if text is not None else None,
-        text.tokens if text is not None else 0,
-        eps,
-    )
+    run: Callable[..., None] = launch_qk_norm_rope
+    if through_operator():
+        require_rotatable(qkv, rotation, norm, text.norm if text is not None else None)
+        run = qk_norm_rope_op
+    own = (text.norm.query, text.norm.key, text.tokens) if text is not None else (None, None, 0)
+    run(qkv, rotation.cos, rotation.sin, norm.query, norm.key, *own, eps)
     return qkv
