@@ -9,8 +9,9 @@ from gossamer.errors import InvalidOptionError, UnknownOptionError, UnknownStora
 from gossamer.formats import storage_names
 from gossamer.kernels.backends import attention_backend, product_backend
 from gossamer.kernels.capability import CUDA_GENERATIONS
-from gossamer.kernels.choice import COMPUTES, WISHES, Choice, as_text, choose
+from gossamer.kernels.choice import Choice, as_text, choose
 from gossamer.kernels.decode_support import READABLE
+from gossamer.kernels.wishes import COMPUTES, WISHES
 
 PARTS = {
     "compute": set(COMPUTES),

@@ -13,19 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from gossamer.errors import InvalidOptionError, UnknownOptionError
+from gossamer.errors import InvalidOptionError
 from gossamer.formats import find_format
 from gossamer.kernels.backends import attention_backend, decode_backend, merge_backend, product_backend
 from gossamer.kernels.capability import LATER, Capability
 from gossamer.kernels.options import Option, Picked, Reason, pick
 from gossamer.kernels.products import shape_obstacle
+from gossamer.kernels.wishes import COMPUTES, Compute, require_wish
 
-Compute = Literal["fp8", "int8", "bf16", "fp16", "fp32"]
-
-COMPUTES: tuple[Compute, ...] = ("fp8", "int8", "bf16", "fp16", "fp32")
-WISHES = ("auto", "exact", *COMPUTES)
 PLAIN_ORDERS = {"fp32": ("fp32",), "bf16": ("bf16", "fp16", "fp32"), "fp16": ("fp16", "fp32")}
 
 FLUX_HEAD_DIM = 128
@@ -61,7 +57,7 @@ def choose(
 ) -> Choice:
     """The choice for weights of a storage format; with a `shape` (out, in), for a layer of that shape alone."""
     storage = find_format(storage).name
-    picked = _pick_compute(capability, storage, _known(wish), shape)
+    picked = _pick_compute(capability, storage, require_wish(wish), shape)
     compute = next(known for known in COMPUTES if known == picked.name)
     activations = _activations(capability, compute)
     in_features = FLUX_WIDTH if shape is None else shape[1]
@@ -93,14 +89,6 @@ def as_text(choice: Choice) -> str:
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
     )
-
-
-def _known(wish: str) -> str:
-    if wish not in WISHES:
-        raise UnknownOptionError(
-            f"There is no compute type called {wish!r}.", f"The wishes are: {', '.join(WISHES)}.", "Use 'auto'."
-        )
-    return wish
 
 
 def _activations(capability: Capability, compute: Compute) -> str:

@@ -12,19 +12,23 @@ from torch import nn
 
 from gossamer.errors import FileDamagedError, InvalidOptionError
 from gossamer.formats import plain
+from gossamer.kernels.detect import detect
+from gossamer.models.execute import execute
 from gossamer.models.flux_spec import SENSITIVE
-from gossamer.models.swap import QuantizeReport, quantize
+from gossamer.models.swap import QuantizeReport, quantize, weight_bytes
 from gossamer.pipeline.folder import ModelFolder
 from gossamer.pipeline.quiet import quiet_loading
 
 
 @dataclass(frozen=True)
 class StorageChoice:
-    """Storage formats of the transformer and of the text encoders, and the transformer's linears to leave as stored."""
+    """Storage formats of the transformer and of the text encoders, the transformer's linears to leave as stored, and
+    the type that its products are wished in (see `kernels.choice`)."""
 
     transformer: str
     text: str
     skip: tuple[str, ...] = ()
+    compute: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,27 @@ def load_components(folder: ModelFolder, storage: StorageChoice, device: torch.d
         transformer: Any = from_diffusers(_load_model(folder.path, "transformer", dtype))
         report = quantize(transformer, storage_plan(storage, folder.stored["transformer"]), compute=dtype)
         parts["transformer"] = transformer.to(device)
+    execute_parts(parts, storage.compute)
     return Components(parts, report)
+
+
+def execute_parts(parts: Mapping[str, Any], compute: str) -> None:
+    """Put kernels and libraries under the linears that are packed, on the device that they are on.
+
+    On a CPU the reference is as fast as anything, so it stays unless a compute type is wished. Merged copies of weights
+    that need no decoding are kept where half of the free memory holds them.
+    """
+    from gossamer.models.flux import prepare
+
+    transformer = parts["transformer"]
+    device = transformer.device
+    if device.type == "cpu" and compute == "auto":
+        return
+    capability = detect(device)
+    for name in ("text_encoder", "text_encoder_2"):
+        execute(parts[name], capability)
+    roomy = device.type == "cuda" and 2 * weight_bytes(transformer) < torch.cuda.mem_get_info(device)[0]
+    prepare(transformer, compute, capability, keeps_merged=roomy)
 
 
 def storage_plan(storage: StorageChoice, stored: str) -> dict[str, str]:

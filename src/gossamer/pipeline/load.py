@@ -8,8 +8,9 @@ from typing import Any
 
 from gossamer.errors import AdapterError, WrongModelError
 from gossamer.formats import find_packing_format
+from gossamer.kernels.wishes import require_wish
 from gossamer.models.swap import quantize
-from gossamer.pipeline.components import StorageChoice, load_components, plain_name, storage_plan
+from gossamer.pipeline.components import StorageChoice, execute_parts, load_components, plain_name, storage_plan
 from gossamer.pipeline.folder import COMPONENTS, PIPELINES, Profile, max_sequence_length
 from gossamer.pipeline.options import LoadOptions, make
 from gossamer.pipeline.painter import Assembly, Pipeline
@@ -34,11 +35,18 @@ def assemble(prepared: Prepared) -> Pipeline:
     return pipeline
 
 
-def optimize(pipe: Any, storage: str = "nf4", skip: Iterable[str] = (), text_storage: str | None = None) -> Pipeline:
+def optimize(
+    pipe: Any,
+    storage: str = "nf4",
+    skip: Iterable[str] = (),
+    text_storage: str | None = None,
+    compute: str = "auto",
+) -> Pipeline:
     """Take a diffusers FluxPipeline as it is: put our transformer into it and pack its linears, in place.
 
-    `pipe` shares its components with the result and goes on working. The text encoders are packed only if
-    `text_storage` names a format. What the pipeline was made from is not known, so its pictures cannot be rerun.
+    `pipe` shares its components with the result and goes on working; move it to its device first. The text encoders
+    are packed only if `text_storage` names a format. `compute` is the type of the products (`gossamer doctor` explains
+    it). What the pipeline was made from is not known, so its pictures cannot be rerun.
     """
     if type(pipe).__name__ not in PIPELINES:
         raise WrongModelError(
@@ -54,15 +62,15 @@ def optimize(pipe: Any, storage: str = "nf4", skip: Iterable[str] = (), text_sto
         )
     own = plain_name(pipe.transformer.dtype)
     text_own = plain_name(pipe.text_encoder_2.dtype)
-    choice = StorageChoice(
-        find_packing_format(storage).name, find_packing_format(text_storage or text_own).name, tuple(skip)
-    )
+    chosen, text = (find_packing_format(name).name for name in (storage, text_storage or text_own))
+    choice = StorageChoice(chosen, text, tuple(skip), require_wish(compute))
     # before packing: a layer's weight is only freed at once where no other model holds the layer
     pipe.transformer = _our_transformer(pipe.transformer)
     report = quantize(pipe.transformer, storage_plan(choice, own))
     for encoder in (pipe.text_encoder, pipe.text_encoder_2) if text_storage else ():
         quantize(encoder, choice.text)
     parts = {name: pipe.components[name] for name in COMPONENTS}
+    execute_parts(parts, choice.compute)
     source = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
     profile = Profile(pipe.vae.config.sample_size, max_sequence_length(Path(source)))
     return Pipeline(Assembly(parts, report, choice, Identity(source, None), profile))

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from gossamer.errors import InvalidOptionError, UnknownOptionError
+from gossamer.kernels.wishes import WISHES
 from gossamer.pipeline.loras import LoraChoice, parse_lora
 from gossamer.pipeline.parse import CONTROL_KINDS, FORMATS, Size, parse_choice, parse_integer, parse_number, parse_seeds
 from gossamer.pipeline.parse import parse_size as _parse_size
@@ -94,6 +95,14 @@ class LoadOptions:
             "linears to keep as they are stored, by dotted name or pattern", metavar="PATTERN", form="many"
         ),
     )
+    compute: str = field(
+        default="auto",
+        metadata=_argument(
+            "type of the products: 'auto', 'exact' (16 bits or more), fp8, int8, bf16, fp16 or fp32; see doctor",
+            parse_choice(WISHES),
+            metavar="WISH",
+        ),
+    )
     loras: tuple[LoraChoice, ...] = field(
         default=(),
         metadata=_argument(
@@ -112,6 +121,7 @@ class LoadOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))
         _require(bool(self.model.strip()), "model", self.model, "a model has a name", "Leave it out for 'embedded'.")
+        _require(self.compute in WISHES, "compute", self.compute, f"it is one of {', '.join(WISHES)}", "Use 'auto'.")
 
 
 @dataclass(frozen=True)

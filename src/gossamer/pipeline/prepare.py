@@ -87,6 +87,7 @@ def prepare(options: LoadOptions) -> Prepared:
         _resolve(options.storage, folder.stored["transformer"]),
         _resolve(options.text_storage, one_type({folder.stored["text_encoder"], folder.stored["text_encoder_2"]})),
         options.skip,
+        options.compute,
     )
     adapters = read_adapters(options.loras, folder.spec)
     identity = Identity(options.model, _in_background(folder.path))
@@ -168,6 +169,7 @@ def build_recipe(
         max_sequence_length=options.max_sequence_length or profile.max_sequence_length,
         storage=storage.transformer,
         text_storage=storage.text,
+        compute=storage.compute,
         skip=storage.skip,
         model=model,
         adapters=tuple(named.use for named in adapters),

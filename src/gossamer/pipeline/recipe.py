@@ -49,6 +49,7 @@ class Recipe:
     max_sequence_length: int
     storage: str
     text_storage: str
+    compute: str
     skip: tuple[str, ...]
     model: ModelUse
     adapters: tuple[AdapterUse, ...]
@@ -82,7 +83,7 @@ def from_json(content: object, where: str) -> Recipe:
         _check(adapter, {"name": str, "source": str, "scale": (int, float), "sha256": (str, type(None))}, where)
     control = None if values["control"] is None else _fields(ControlUse, values["control"], where)
     _check(control or {}, {"kind": str, "source": (str, type(None)), "sha256": str}, where)
-    _check(values, dict.fromkeys(("prompt", "storage", "text_storage"), str), where)
+    _check(values, dict.fromkeys(("prompt", "storage", "text_storage", "compute"), str), where)
     _check(values, dict.fromkeys(("seed", "steps", "width", "height", "max_sequence_length"), int), where)
     _check(values, {"guidance": (int, float)}, where)
     return Recipe(

@@ -99,6 +99,7 @@ def _load_options(recipe: Recipe, device: str) -> LoadOptions:
         model=recipe.model.source,
         storage=recipe.storage,
         text_storage=recipe.text_storage,
+        compute=recipe.compute,
         skip=recipe.skip,
         loras=tuple(LoraChoice(adapter.source, adapter.scale) for adapter in recipe.adapters),
         device=device,
