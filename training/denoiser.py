@@ -13,7 +13,7 @@ from architecture import build_clip, build_t5, build_transformer, load_tokenizer
 GRID = 16  # picture tokens along a side
 UNGUIDED = 1.0
 GUIDANCE_RANGE = (1.0, 7.0)
-STRENGTH = 0.4  # classifier-free weight gained for each unit of guidance over 1
+STRENGTH = 0.6  # classifier-free weight gained for each unit of guidance over 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 training/train_transformer.py --vae runs/vae/vae.safetensors --out runs/base
     python training/train_transformer.py ...        # one GPU; give it four times the seconds
+    torchrun ... --start runs/flow/flow.safetensors --shares 1,2,7 --rate 6e-4   # goes on, mostly with three objects
 
 It may be started beside step 2: it renders its pictures first and waits for the autoencoder. First phase: flow matching
 on latents, one caption in ten empty. Second phase, from the average of the first: the student is shown guidance values
@@ -36,7 +37,7 @@ from common import (
     share_gradients,
     time_boxed,
 )
-from data import Tokens, draw, encode, sample_examples, tokenize, tokenize_examples
+from data import EVEN, Tokens, draw, encode, sample_examples, tokenize, tokenize_examples
 from denoiser import UNGUIDED, Denoiser, Text, guided, mix, sample_guidance, sample_sigma
 
 LONG_TEXT = 512  # diffusers' default length; a few steps see it so that extra padding does no harm
@@ -51,6 +52,9 @@ class Options:
     vae: Path
     tokenizers: Path
     out: Path
+    start: Path | None
+    shares: tuple[float, ...]
+    first_seed: int
     seconds: float
     distil_seconds: float
     scenes: int
@@ -73,7 +77,9 @@ class Data:
 def make_data(options: Options, team: Team) -> Data:
     """Renders this process's share of the training scenes and, as soon as the autoencoder is there, encodes them."""
     tokenizers = load_tokenizers(options.tokenizers)
-    examples = sample_examples(options.scenes, first_seed=team.rank * 100_000, wordings=4)
+    examples = sample_examples(
+        options.scenes, options.first_seed + team.rank * 100_000, wordings=4, shares=options.shares
+    )
     pictures = draw(examples, None, team.device)
     while not options.vae.exists():
         time.sleep(1)
@@ -221,6 +227,8 @@ def train(options: Options) -> None:
     )
     torch.manual_seed(0)
     model = Denoiser(options.tokenizers).to(team.device)
+    if options.start:
+        model.load_state_dict(load_file(options.start))
     first_phase(options, team, log, data, model)
     save(options.out / "flow.safetensors", model, team)
     second_phase(options, team, log, data, model)
@@ -236,14 +244,25 @@ def save(path: Path, model: Denoiser, team: Team) -> None:
         )  # tied ones apart
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """Three numbers with commas."""
+    numbers = tuple(float(part) for part in text.split(","))
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError("must be three numbers with commas")
+    return numbers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="step 2's file, or the shipped folder model/vae")
     parser.add_argument("--tokenizers", type=Path, default=Path("src/gossamer/demo/model"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=380.0)
+    parser.add_argument("--start", type=Path, help="weights of an earlier run's first phase to go on from")
+    parser.add_argument("--shares", type=shares, default=EVEN, help="how often one, two and three objects")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the scenes; another run takes others")
+    parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--distil-seconds", type=float, default=90.0)
-    parser.add_argument("--scenes", type=int, default=48_000, help="for each GPU")
+    parser.add_argument("--scenes", type=int, default=56_000, help="for each GPU")
     parser.add_argument("--batch", type=int, default=256, help="for each GPU")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
