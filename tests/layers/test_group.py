@@ -189,3 +189,16 @@ def test_a_layer_alone_runs_as_its_group_does():
     (layer,) = executed(packed_layers("nf4")[:1], torch.float8_e4m3fn)
     group = group_of([layer])
     assert torch.equal(layer(x), group(group.rows(x, TORCH)).to(torch.bfloat16))
+
+
+@torch.inference_mode()
+def test_the_bound_of_an_adapter_keeps_eight_bit_floats_near(storage):
+    """Strong adapters, one against the other: the bound is far above what is left, and fp8 does not mind."""
+    x, layers = torch.randn(2, 6, WIDTH), packed_layers(storage)
+    for layer in layers:
+        layer.add(low_rank("one", layer.out_features, 6, scale=2.0))
+        layer.add(low_rank("other", layer.out_features, 6, scale=-1.9))
+    exact = torch.cat([layer(x) for layer in layers], dim=-1)
+    group = group_of(executed(layers, torch.float8_e4m3fn))
+    found = group(group.rows(x, TORCH))
+    assert (found - exact).norm() / exact.norm() < 0.05

@@ -44,7 +44,8 @@ class QuantLinear(nn.Module):
         self.compute = compute
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.execution: Execution | None = None
-        self.revision = 0
+        self.revision = 0  # of anything that a product depends on
+        self.place = 0  # of where the stored bytes are
         self._adapters: dict[str, LowRank] = {}
         self._product = GroupProduct()
 
@@ -189,6 +190,7 @@ class QuantLinear(nn.Module):
         for low_rank in self.adapters():
             low_rank.move(device)
         self.revision += 1
+        self.place += 1
         return self
 
     def extra_repr(self) -> str:

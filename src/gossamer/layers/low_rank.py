@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ class LowRank:
     up: torch.Tensor
     scale: float = 1.0
     bias: torch.Tensor | None = None
+    _row_bound: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1]:
@@ -70,6 +71,12 @@ class LowRank:
     def add_to_weight(self, weight: torch.Tensor) -> None:
         """Add scale * up @ down to a float32 weight (out, in), in place."""
         weight.addmm_(self.up.float(), self.down.float(), alpha=self.scale)
+
+    def row_bound(self) -> torch.Tensor:
+        """Float32 (out,): no value of up @ down is larger in its row, by Cauchy and Schwarz. Computed once."""
+        if self._row_bound is None or self._row_bound.device != self.up.device:
+            self._row_bound = self.up.float().norm(dim=1) * self.down.float().norm(dim=0).max()
+        return self._row_bound
 
     def scaled_bias(self) -> torch.Tensor:
         """scale * bias in float32 (out,); zeros where the adapter brings no bias."""

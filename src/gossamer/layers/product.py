@@ -14,10 +14,12 @@ import torch
 
 from gossamer.formats import Packed
 from gossamer.kernels.decode_ops import Backend, decode_into, measure_row_scale_into
-from gossamer.kernels.low_rank import StackedTerms, stack_terms
+from gossamer.kernels.decode_reference import LARGEST_CODE
+from gossamer.kernels.low_rank import StackedTerms, set_scales, stack_terms
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_int8
 from gossamer.layers.execution import Execution
+from gossamer.layers.low_rank import LowRank
 
 if TYPE_CHECKING:
     from gossamer.layers.linear import QuantLinear
@@ -45,6 +47,14 @@ class Operand:
     width: int
 
 
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """The active low-rank terms of a layer side by side, as long as they are the same ones."""
+
+    active: tuple[LowRank, ...]
+    terms: StackedTerms
+
+
 class GroupProduct:
     """The product of a group of layers, and what it keeps between calls."""
 
@@ -52,6 +62,8 @@ class GroupProduct:
         self._operand: Operand | None = None
         self._made_for: list[tuple[QuantLinear, int]] = []
         self._made_from: Packed | None = None
+        self._stacked: dict[QuantLinear, Stacked] = {}
+        self._base: tuple[object, torch.Tensor] | None = None
 
     def __call__(
         self, layers: Sequence[QuantLinear], rows: Rows, out: torch.Tensor | None = None, joined: Packed | None = None
@@ -60,8 +72,7 @@ class GroupProduct:
 
         `joined` holds the stored bytes of all layers side by side, where they lie so.
         """
-        execution = layers[0].execution
-        assert execution is not None
+        execution = execution_of(layers[0])
         operand = self._current(layers, joined)
         weight = operand.weight
         if weight is None:
@@ -74,48 +85,94 @@ class GroupProduct:
         asked = [(layer, layer.revision) for layer in layers]
         if self._operand is None or joined is not self._made_from or asked != self._made_for:
             self._operand = None  # a merged copy is free before the next one is made
-            self._operand = _make_operand(layers, joined)
+            self._operand = self._make(layers, joined)
             self._made_for, self._made_from = asked, joined
         return self._operand
+
+    def _make(self, layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
+        execution = execution_of(layers[0])
+        parts = self._parts(layers, joined)
+        bias = _bias(layers, execution.activations)
+        operand = Operand(parts, None, None, bias, parts[-1].stop, layers[0].in_features)
+        if execution.decode == "none" and _is_operand(operand):
+            return replace(operand, weight=_codes(parts[0].packed), scale=parts[0].packed.tensors.get("scale"))
+        if execution.rows_have_scales:
+            operand = replace(operand, scale=self._row_scale(layers, operand, execution))
+        if execution.keeps_merged:
+            kept = torch.empty(operand.rows, operand.width, dtype=execution.operand, device=parts[0].packed.device)
+            _decode(parts, execution, kept, operand.scale)
+            operand = replace(operand, weight=kept)
+        return operand
+
+    # low-rank terms ---------------------------------------------------------------------------------------------------
+
+    def _parts(self, layers: Sequence[QuantLinear], joined: Packed | None) -> tuple[Part, ...]:
+        """One part a layer; one in all where the bytes lie side by side and no adapter tells the layers apart."""
+        before, self._stacked = self._stacked, {}
+        for layer in layers:
+            if active := tuple(layer.active()):
+                self._stacked[layer] = _stack(active, before.get(layer))
+        if joined is not None and not self._stacked:
+            return (Part(joined, None, 0, joined.shape[0]),)
+        parts, stop = [], 0
+        for layer in layers:
+            start, stop = stop, stop + layer.out_features
+            stacked = self._stacked.get(layer)
+            parts.append(Part(layer.packed, None if stacked is None else stacked.terms, start, stop))
+        return tuple(parts)
+
+    # row scales -------------------------------------------------------------------------------------------------------
+
+    def _row_scale(self, layers: Sequence[QuantLinear], operand: Operand, execution: Execution) -> torch.Tensor:
+        """(out,): what one unit of code is worth in each row.
+
+        Measured for int8. For e4m3, whose step follows the value, the base is measured once and each term adds a bound,
+        so that adapters and their scales change without another look at the weights.
+        """
+        if execution.operand != torch.float8_e4m3fn:
+            return _measured_scale(operand.parts, operand, execution)
+        scale = self._base_scale(layers, operand, execution)
+        if not self._stacked:
+            return scale
+        unit = 1.0 / LARGEST_CODE[execution.operand]
+        scale, stop = scale.clone(), 0
+        for layer in layers:
+            start, stop = stop, stop + layer.out_features
+            for each in layer.active():
+                scale[start:stop].add_(each.row_bound(), alpha=abs(each.scale) * unit)
+        return scale
+
+    def _base_scale(self, layers: Sequence[QuantLinear], operand: Operand, execution: Execution) -> torch.Tensor:
+        """The row scale without adapters, measured again only after a layer was moved or widened."""
+        key = [(layer, layer.place, layer.in_features) for layer in layers]
+        if self._base is None or self._base[0] != key:
+            bare = [replace(part, terms=None) for part in operand.parts]
+            self._base = (key, _measured_scale(bare, operand, execution))
+        return self._base[1]
+
+
+def execution_of(layer: QuantLinear) -> Execution:
+    """The execution of a layer that has one."""
+    if layer.execution is None:
+        raise ValueError("the layer has no execution")
+    return layer.execution
+
+
+def _stack(active: tuple[LowRank, ...], before: Stacked | None) -> Stacked:
+    """The terms side by side; where only scales changed, in the tensors that are there."""
+    if before is not None and before.active == active:  # a LowRank equals itself only
+        set_scales(before.terms, [each.scale for each in active])
+        return before
+    return Stacked(active, stack_terms([(each.up, each.down, each.scale) for each in active]))
 
 
 # the weight -----------------------------------------------------------------------------------------------------------
 
 
-def _make_operand(layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
-    execution = layers[0].execution
-    assert execution is not None
-    parts = _parts(layers, joined)
-    ready = execution.decode == "none" and len(parts) == 1 and parts[0].terms is None
-    ready = ready and layers[0].in_features == parts[0].packed.shape[1]
-    bias = _bias(layers, execution.activations)
-    operand = Operand(parts, None, None, bias, parts[-1].stop, layers[0].in_features)
-    if ready:
-        return replace(operand, weight=_codes(parts[0].packed), scale=parts[0].packed.tensors.get("scale"))
-    if execution.rows_have_scales:
-        operand = replace(operand, scale=_measured_scale(operand, execution))
-    if execution.decode == "none" and execution.keeps_merged:
-        kept = torch.empty(operand.rows, operand.width, dtype=execution.operand, device=parts[0].packed.device)
-        _decode(parts, execution, kept, operand.scale)
-        operand = replace(operand, weight=kept)
-    return operand
-
-
-def _parts(layers: Sequence[QuantLinear], joined: Packed | None) -> tuple[Part, ...]:
-    """One part a layer; one in all where the bytes lie side by side and no adapter tells the layers apart."""
-    terms = [_stacked(layer) for layer in layers]
-    if joined is not None and not any(terms):
-        return (Part(joined, None, 0, joined.shape[0]),)
-    parts, stop = [], 0
-    for layer, stacked in zip(layers, terms, strict=True):
-        start, stop = stop, stop + layer.out_features
-        parts.append(Part(layer.packed, stacked, start, stop))
-    return tuple(parts)
-
-
-def _stacked(layer: QuantLinear) -> StackedTerms | None:
-    active = layer.active()
-    return stack_terms([(each.up, each.down, each.scale) for each in active]) if active else None
+def _is_operand(operand: Operand) -> bool:
+    """Whether the stored codes can be multiplied as they are."""
+    first = operand.parts[0]
+    return len(operand.parts) == 1 and first.terms is None and first.packed.shape[1] == operand.width
 
 
 def _bias(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor | None:
@@ -128,10 +185,10 @@ def _bias(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor | N
     return torch.cat([other if bias is None else bias for bias, other in zip(biases, empty, strict=True)])
 
 
-def _measured_scale(operand: Operand, execution: Execution) -> torch.Tensor:
-    """(out,): what one unit of code is worth in each row."""
-    scale = torch.empty(operand.rows, dtype=torch.float32, device=operand.parts[0].packed.device)
-    for part in operand.parts:
+def _measured_scale(parts: Sequence[Part], operand: Operand, execution: Execution) -> torch.Tensor:
+    """(out,): largest value of each row over the largest code."""
+    scale = torch.empty(operand.rows, dtype=torch.float32, device=parts[0].packed.device)
+    for part in parts:
         own = scale[part.start : part.stop]
         backend = _writer(execution, part)
         measure_row_scale_into(part.packed, own, execution.operand, operand.width, backend, part.terms)
