@@ -36,6 +36,7 @@ class Case:
     kernel: str = "decode"
     even: bool = True
     ranks: int = 16
+    later_ranks: bool = False
 
 
 def cases(chip: int) -> list[Case]:
@@ -47,6 +48,7 @@ def cases(chip: int) -> list[Case]:
     found += [Case(storage, byte, terms) for storage, terms in zip(in_bytes, cycle(("", half, "")), strict=False)]
     found += [
         Case("nf4", half, half, ranks=64),
+        Case("Q4_K", byte, half, ranks=64, later_ranks=True),
         Case("Q4_K", half, half, even=False),
         Case("nf4-dq", "fp32", "fp32", ranks=64),
     ]
@@ -83,32 +85,39 @@ def source(case: Case, chip: int) -> ASTSource:
     """The kernel as `decode` would launch it on a layer of FLUX: all sizes and addresses multiples of 16."""
     fn = decode_kernel if case.kernel == "decode" else row_scale_kernel
     pointer, output = OUTPUTS[case.output]
-    geometry, known = _geometry(case), READABLE[case.storage]
-    types = dict.fromkeys(("rows", "width", "stored_width", "row_bytes", "rank", "out_stride"), "i32")
+    geometry, stored = _geometry(case), READABLE[case.storage]
+    types = dict.fromkeys(("rows", "width", "stored_width", "row_bytes", "rank", "out_stride", "tiles_each"), "i32")
+    types |= {} if case.terms and fn is decode_kernel else {"tiles_each": "constexpr"}
     types |= {"out": pointer} | _stored_types(case.storage, chip)
     types |= {"row_scale": "*fp32"} if output != "float" else {}
     types |= {"up": f"*{case.terms}", "down": f"*{case.terms}", "rank_scale": "*fp32"} if case.terms else {}
     constants = {
-        "FAMILY": known.family,
-        "FORMAT": known.name,
-        "BYTES": known.block_bytes,
+        "FAMILY": stored.family,
+        "FORMAT": stored.name,
+        "BYTES": stored.block_bytes,
         "OUTPUT": output,
         "LARGEST": LARGEST.get(case.output),
         "RANKS": case.ranks,
+        "LATER_RANKS": case.later_ranks,
         "PRECISION": "tf32x3" if chip >= 80 else "ieee",
         "ROWS": geometry.rows,
         "COLS": geometry.cols,
+        "STAGES": geometry.stages,
+        "tiles_each": 1,
         "EVEN": case.even,
     }
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
     constexprs = {(i,): constants.get(name) for i, name in enumerate(fn.arg_names) if signature[name] == "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if signature[name] != "constexpr"}
+    known = [i for i, name in enumerate(fn.arg_names) if signature[name] != "constexpr" and name != "tiles_each"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in known}
     return ASTSource(fn, signature, constexprs, aligned)
 
 
 def compiled(case: Case, chip: int):
     """The compiled kernel of a case."""
-    options = {"num_warps": _geometry(case).warps, "num_stages": 1, "enable_fp_fusion": False}
+    geometry = _geometry(case)
+    options = {"num_warps": geometry.warps, "num_stages": 1, "enable_fp_fusion": False}
+    options |= {} if geometry.registers is None else {"maxnreg": geometry.registers}
     return compile_kernel(source(case, chip), target=GPUTarget("cuda", chip, 32), options=options)
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gossamer.errors import GossamerError
 from gossamer.formats import Packed, pack, storage_names, unpack
+from gossamer.kernels import decode as decode_module
 from gossamer.kernels import decode_ops
-from gossamer.kernels.decode import STORED_ONLY, WITH_TERMS, decode, measure_row_scale
+from gossamer.kernels.decode import STORED_ONLY, WITH_TERMS, Geometry, decode, decode_by, measure_row_scale
 from gossamer.kernels.decode_reference import (
     decode_in_torch,
     effective_weight,
@@ -135,6 +137,25 @@ def test_half_precision_factors_are_summed_in_float32():
     torch.testing.assert_close(out, unpack(packed, torch.float32) + delta(terms), **SUMS)
 
 
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [(), (4,), (16, 60)])
+def test_a_program_goes_down_several_tiles_and_stops_at_the_last_row(tiles, ranks):
+    shape = (45, 300)
+    packed, out = pack(weight_of(*shape), "fp8"), poisoned(48, 300)
+    terms = terms_of(*shape, *ranks) if ranks else None
+    decode_by(Geometry(16, 128, 4, stages=2), packed, out[:45], terms, None, tiles)
+    torch.testing.assert_close(out[:45], effective_weight(packed, 300, terms), **SUMS)
+    assert out[45:].isnan().all()
+
+
+def test_a_layer_is_cut_into_about_as_many_programs_as_asked_for(monkeypatch):
+    monkeypatch.setattr(decode_module, "_multiprocessors", lambda device: 132)
+    layout = decode_module._Layout("nf4", (21504, 3072), 3072, torch.device("cpu"))
+    for programs, tiles in ((None, 1), (1, 68), (4, 16), (8, 8), (1000, 1)):
+        assert decode_module._tiles_each(layout, Geometry(64, 128, 4, programs=programs)) == tiles
+    decode_module._tiles_each.cache_clear()
+
+
 def test_scales_change_in_place():
     packed, out, terms = pack(weight_of(6, 128), "Q8_0"), poisoned(6, 128), terms_of(6, 128, 3, 5)
     set_scales(terms, [0.0, 0.0])
@@ -221,6 +242,33 @@ def test_a_stale_row_scale_saturates():
 # operators ------------------------------------------------------------------------------------------------------------
 
 
+def counted(monkeypatch) -> list[str]:
+    """The operators that are called, by name."""
+    calls: list[str] = []
+    for name in ("_decode", "_row_scale"):
+        monkeypatch.setattr(decode_ops, name, lambda *_, name=name: calls.append(name))
+    return calls
+
+
+def test_a_call_that_nothing_watches_goes_past_the_operators(monkeypatch):
+    calls, packed, out = counted(monkeypatch), pack(weight_of(6, 256), "Q4_K"), poisoned(6, 256)
+    row_scale = poisoned(1, 6)[0]
+    with torch.inference_mode():
+        decode_ops.decode_into(packed, out, "triton")
+        decode_ops.measure_row_scale_into(packed, row_scale, torch.int8, 256, "triton")
+    assert torch.equal(out, unpack(packed, torch.float32))
+    assert torch.equal(row_scale, row_scales(out, torch.int8))
+    assert not calls
+
+
+def test_autograd_and_tracers_see_the_operators(monkeypatch):
+    calls, packed, out = counted(monkeypatch), pack(weight_of(6, 256), "Q4_K"), poisoned(6, 256)
+    decode_ops.decode_into(packed, out, "triton")
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        decode_ops.measure_row_scale_into(packed, out[:, 0], torch.int8, 256, "triton")
+    assert calls == ["_decode", "_row_scale"]
+
+
 def _step(packed: Packed, terms: StackedTerms, x: torch.Tensor, backend: decode_ops.Backend) -> torch.Tensor:
     out = torch.empty(packed.shape, device=x.device)
     decode_ops.decode_into(packed, out, backend, terms)
@@ -229,11 +277,13 @@ def _step(packed: Packed, terms: StackedTerms, x: torch.Tensor, backend: decode_
     return x @ out.T + row_scale
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_full_graph_takes_the_operators_as_they_are(backend):
+def test_a_full_graph_takes_the_operators_as_they_are(backend, grad):
     packed, terms, x = pack(weight_of(6, 256), "Q4_K"), terms_of(6, 256, 4), weight_of(3, 256)
     weight = effective_weight(packed, 256, terms)
-    y = torch.compile(_step, fullgraph=True, backend="aot_eager")(packed, terms, x, backend)
+    with torch.set_grad_enabled(grad):
+        y = torch.compile(_step, fullgraph=True, backend="aot_eager")(packed, terms, x, backend)
     torch.testing.assert_close(y, x @ weight.T + row_scales(weight, torch.int8), **SUMS)
 
 

@@ -79,6 +79,23 @@ def test_fp8_with_terms_stays_within_half_a_step(storage):
     assert (error.abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_terms_without_strength_leave_every_bit(dtype):
+    packed, out, terms = packed_on_cpu("Q4_K", 130, 768), poisoned(130, 768, torch.float32), terms_on_gpu(130, 768, 64)
+    terms = StackedTerms(terms.up.to(dtype), terms.down.to(dtype), torch.zeros_like(terms.scale), terms.ranks)
+    decode(packed.to("cuda"), out, terms)
+    assert torch.equal(out.cpu(), unpack(packed, torch.float32))
+
+
+@pytest.mark.parametrize("ranks", [(16,), (16, 16, 16, 16), (64, 64)])
+@pytest.mark.parametrize("storage", ["nf4", "Q4_K", "Q8_0", "Q6_K"])
+def test_the_widest_layer_of_flux_with_terms(storage, ranks):
+    packed = pack(torch.randn(21504, 3072, device="cuda") * 0.02, storage)
+    out, terms = poisoned(21504, 3072, torch.float32), terms_on_gpu(21504, 3072, *ranks)
+    decode(packed, out, terms)
+    torch.testing.assert_close(out, effective_weight(packed, 3072, terms), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("storage", ["nf4", "Q8_0", "Q6_K"])
 def test_the_widest_layer_of_flux(storage):
     packed = pack(torch.randn(21504, 3072, device="cuda") * 0.02, storage)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,27 +15,47 @@ from gossamer.errors import InvalidOptionError, UnsupportedShapeError
 from gossamer.formats import Packed
 from gossamer.kernels.decode_kernel import decode_kernel, row_scale_kernel
 from gossamer.kernels.decode_reference import FLOAT_TYPES, LARGEST_CODE
-from gossamer.kernels.decode_support import Readable, has_fp8, require_decodable, stored_parts
+from gossamer.kernels.decode_support import READABLE, has_fp8, require_decodable, stored_parts
 from gossamer.kernels.low_rank import StackedTerms, rank_step
 
 BF16_CAPABILITY = (8, 0)
+OUTPUTS = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Tile of a program and its warps."""
+    """Tile of a program, its warps, the tiles whose loads overlap, and the most registers of a thread.
+
+    `programs` is about how many of them a multiprocessor gets: their tiles follow from it. None stands for one tile.
+    """
 
     rows: int
     cols: int
     warps: int
+    stages: int = 1
+    registers: int | None = None
+    programs: int | None = None
 
 
 # 32 values a thread: four 16-byte stores of bf16 in flight, and runs of 512 values that are written side by side.
-# Low-rank factors come from L2 once a tile, so tiles with terms are larger and squarer.
 STORED_ONLY = Geometry(8, 512, 4)
-WITH_TERMS = Geometry(64, 128, 4)
+# 64 rows are what Hopper's tensor cores multiply at a time; 64 values and at most 128 registers a thread leave four
+# programs on a multiprocessor, so that one computes while others wait for their codes. The layer is done in two rounds.
+WITH_TERMS = Geometry(64, 128, 4, registers=128, programs=8)
 ROW_SCALE = Geometry(4, 512, 4)
-ROW_SCALE_WITH_TERMS = Geometry(16, 128, 4)
+# A program has whole rows: three of eight warps on a multiprocessor hold all rows of the widest layer at once.
+ROW_SCALE_WITH_TERMS = Geometry(64, 64, 8, registers=80)
+
+
+class _Layout(NamedTuple):
+    """What the static choices of a call depend on; `factors` is the type of the low-rank factors."""
+
+    storage: str
+    shape: tuple[int, int]
+    width: int
+    device: torch.device
+    factors: torch.dtype | None = None
+    rank: int = 0
 
 
 def decode(
@@ -49,20 +70,35 @@ def decode(
     `row_scale` is read, not written: `measure_row_scale` fills it, once for as long as weight and terms stay the same.
     A larger scale, such as a sum of bounds, is as good for fp8, whose step follows the value; codes beyond saturate.
     """
-    known = require_decodable(packed)
+    decode_by(STORED_ONLY if terms is None else WITH_TERMS, packed, out, terms, row_scale)
+
+
+def decode_by(
+    geometry: Geometry,
+    packed: Packed,
+    out: torch.Tensor,
+    terms: StackedTerms | None = None,
+    row_scale: torch.Tensor | None = None,
+    tiles_each: int | None = None,
+) -> None:
+    """`decode` with a geometry, and a number of tiles a program, of one's own: what a search for better ones calls."""
     _require_output(packed, out, row_scale)
-    _require_one_device(packed, out, terms)
-    arguments = _arguments(packed, known, out.shape[1], terms)
-    geometry = WITH_TERMS if terms is not None else STORED_ONLY
-    tiles = -(-out.shape[0] // geometry.rows) * -(-out.shape[1] // geometry.cols)
+    rows, width = out.shape
+    layout = _layout(packed, width, terms)
+    static = _static(layout, geometry)
+    stored = _stored(packed, out, terms)
+    tiles_each = tiles_each or _tiles_each(layout, geometry)
+    programs = -(-rows // (tiles_each * geometry.rows)) * -(-width // geometry.cols)
     with torch.cuda.device_of(out):
-        decode_kernel[(tiles,)](
-            out=out,
-            row_scale=row_scale,
-            out_stride=out.stride(0),
-            OUTPUT={torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(out.dtype, "float"),
-            **arguments,
-            **_launch(packed, out.shape[1], geometry),
+        decode_kernel[(programs,)](
+            out,
+            row_scale,
+            *stored,
+            *_sizes(layout),
+            out.stride(0),
+            tiles_each,
+            OUTPUT=OUTPUTS.get(out.dtype, "float"),
+            **static,
         )
 
 
@@ -74,61 +110,98 @@ def measure_row_scale(
     terms: StackedTerms | None = None,
 ) -> None:
     """Write into `row_scale` (rows,) what one unit of fp8 or int8 code is worth in each row of W_eff (rows, width)."""
-    known = require_decodable(packed)
+    measure_row_scale_by(ROW_SCALE if terms is None else ROW_SCALE_WITH_TERMS, packed, row_scale, dtype, width, terms)
+
+
+def measure_row_scale_by(
+    geometry: Geometry,
+    packed: Packed,
+    row_scale: torch.Tensor,
+    dtype: torch.dtype,
+    width: int,
+    terms: StackedTerms | None = None,
+) -> None:
+    """`measure_row_scale` with a geometry of one's own."""
     _require_codes(dtype)
     _require_row_scale(packed, row_scale)
-    _require_one_device(packed, row_scale, terms)
-    arguments = _arguments(packed, known, width, terms)
-    geometry = ROW_SCALE_WITH_TERMS if terms is not None else ROW_SCALE
+    layout = _layout(packed, width, terms)
+    static = _static(layout, geometry)
+    stored = _stored(packed, row_scale, terms)
     with torch.cuda.device_of(row_scale):
         row_scale_kernel[(-(-packed.shape[0] // geometry.rows),)](
-            row_scale=row_scale,
-            LARGEST=LARGEST_CODE[dtype],
-            **arguments,
-            **_launch(packed, width, geometry),
+            row_scale, *stored, *_sizes(layout), LARGEST=LARGEST_CODE[dtype], **static
         )
 
 
-def _launch(packed: Packed, width: int, geometry: Geometry) -> dict[str, Any]:
-    """Tile, warps, and whether every tile lies inside the matrix. Products and sums must not fuse: it changes bits."""
-    return {
-        "ROWS": geometry.rows,
-        "COLS": geometry.cols,
-        "EVEN": width == packed.shape[1] and width % geometry.cols == 0,
-        "num_warps": geometry.warps,
-        "num_stages": 1,
-        "enable_fp_fusion": False,
-    }
-
-
-def _arguments(packed: Packed, known: Readable, width: int, terms: StackedTerms | None) -> dict[str, Any]:
-    """What both kernels take: the stored parts, the factors, the sizes and the static choices."""
-    out_features, in_features = packed.shape
-    stored = stored_parts(packed)
+def _layout(packed: Packed, width: int, terms: StackedTerms | None) -> _Layout:
+    require_decodable(packed)
     _require_width(packed, width, terms)
-    _require_memory(packed, stored.codes)
+    if terms is None:
+        return _Layout(packed.format, packed.shape, width, packed.device)
+    return _Layout(packed.format, packed.shape, width, packed.device, terms.up.dtype, terms.up.shape[1])
+
+
+@cache
+def _static(layout: _Layout, geometry: Geometry) -> dict[str, Any]:
+    """The static choices and options of a launch, once a layout. Products and sums must not fuse: it changes bits."""
+    known = READABLE[layout.storage]
+    ranks = rank_step(layout.rank) if layout.rank else 0
+    options = {} if geometry.registers is None else {"maxnreg": geometry.registers}
     return {
-        **{name: getattr(stored, name) for name in stored.__dataclass_fields__},
-        "up": None if terms is None else terms.up,
-        "down": None if terms is None else terms.down,
-        "rank_scale": None if terms is None else terms.scale,
-        "rows": out_features,
-        "width": width,
-        "stored_width": in_features,
-        "row_bytes": in_features // known.width_multiple * known.block_bytes,
-        "rank": 0 if terms is None else terms.up.shape[1],
         "FAMILY": known.family,
         "FORMAT": known.name,
         "BYTES": known.block_bytes,
-        "RANKS": 0 if terms is None else rank_step(terms.up.shape[1]),
-        "PRECISION": _precision(packed.device, terms),
+        "RANKS": ranks,
+        "LATER_RANKS": layout.rank > ranks,
+        "PRECISION": _precision(layout),
+        "ROWS": geometry.rows,
+        "COLS": geometry.cols,
+        "STAGES": geometry.stages,
+        "EVEN": layout.width == layout.shape[1] and layout.width % geometry.cols == 0,
+        "num_warps": geometry.warps,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+        **options,
     }
 
 
-def _precision(device: torch.device, terms: StackedTerms | None) -> str:
+@cache
+def _sizes(layout: _Layout) -> tuple[int, int, int, int, int]:
+    """`rows`, `width`, `stored_width`, `row_bytes` and `rank`, as both kernels take them."""
+    known = READABLE[layout.storage]
+    rows, stored_width = layout.shape
+    return rows, layout.width, stored_width, stored_width // known.width_multiple * known.block_bytes, layout.rank
+
+
+@cache
+def _tiles_each(layout: _Layout, geometry: Geometry) -> int:
+    """Tiles of a program, one below the other: as many as leave every multiprocessor its share of programs."""
+    if geometry.programs is None:
+        return 1
+    down, across = -(-layout.shape[0] // geometry.rows), -(-layout.width // geometry.cols)
+    programs = geometry.programs * _multiprocessors(layout.device)
+    return -(-down // max(1, programs // across))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _stored(packed: Packed, target: torch.Tensor, terms: StackedTerms | None) -> tuple[torch.Tensor | None, ...]:
+    """The stored parts and the factors, in the order of the kernels' arguments; all of them beside `target`."""
+    stored = stored_parts(packed)
+    _require_memory(packed, stored.codes)
+    _require_one_device(packed, target, terms)
+    factors = (None, None, None) if terms is None else (terms.up, terms.down, terms.scale)
+    parts = (stored.codes, stored.scale, stored.nested_scale, stored.nested_offset, stored.levels, stored.nested_levels)
+    return *parts, *factors
+
+
+def _precision(layout: _Layout) -> str:
     """How float32 factors are multiplied; Turing has no TF32, and no bfloat16 at all."""
+    device = layout.device
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY
-    if old and terms is not None and terms.up.dtype == torch.bfloat16:
+    if old and layout.factors == torch.bfloat16:
         raise InvalidOptionError(
             "bfloat16 low-rank factors cannot be multiplied on this GPU.",
             "Its tensor cores know float16 only; bfloat16 came with compute capability 8.0.",
@@ -158,14 +231,21 @@ def _require_memory(packed: Packed, codes: torch.Tensor) -> None:
 
 
 def _require_one_device(packed: Packed, target: torch.Tensor, terms: StackedTerms | None) -> None:
-    others = [*packed.tensors.values()] if terms is None else [*packed.tensors.values(), terms.up, terms.scale]
-    found = sorted({str(tensor.device) for tensor in (target, *others)})
-    if len(found) > 1:
+    factors = () if terms is None else (terms.up, terms.down, terms.scale)
+    others = {tensor.device for tensor in (*packed.tensors.values(), *factors)}
+    if others != {target.device}:
+        found = sorted(str(device) for device in {target.device, *others})
         raise InvalidOptionError(
             f"A weight cannot be decoded across devices ({', '.join(found)}).",
             "A kernel runs on one device and reads and writes its memory only.",
             "Move the stored weight, the low-rank terms and the output to the same device first.",
         )
+
+
+@cache
+def _writes_fp8(device: torch.device) -> bool:
+    """`has_fp8`, asked once a device: the answer comes from the driver."""
+    return has_fp8(device)
 
 
 def _require_codes(dtype: torch.dtype) -> None:
@@ -205,7 +285,7 @@ def _require_output(packed: Packed, out: torch.Tensor, row_scale: torch.Tensor |
             "fp8 and int8 codes count in units of their row's scale; floats are written as they are.",
             "Call measure_row_scale() and pass its result for fp8 and int8, and None otherwise.",
         )
-    if out.dtype == torch.float8_e4m3fn and out.is_cuda and not has_fp8(out.device):
+    if out.dtype == torch.float8_e4m3fn and out.is_cuda and not _writes_fp8(out.device):
         raise InvalidOptionError(
             "fp8 weights cannot be written on this GPU.",
             "8-bit floats came with compute capability 8.9.",

@@ -1,9 +1,13 @@
 """The two decode kernels: one driver each, with the format, the output type and the low-rank terms as static choices.
 
-    decode_kernel      out = round(W_eff) or round(W_eff / row_scale), one tile a program
+    decode_kernel      out = round(W_eff) or round(W_eff / row_scale), one column of tiles a program
     row_scale_kernel   row_scale = largest |W_eff| of a row / largest code, one group of rows a program
 
-W_eff = stored tile + (rank_scale * up) @ down, in float32, as `decode_reference` states it.
+W_eff = stored tile + up @ (rank_scale * down), in float32, as `decode_reference` states it. The stored tile is what the
+tensor cores begin to add to, so that a tile has one set of accumulators and not two.
+
+A program of `decode_kernel` keeps its columns and goes down the rows: `down` is read, scaled and laid out once, and a
+tile costs what its codes and a few rows of `up` cost. Without terms nothing is kept, and a program has one tile.
 
 Two launches, not one kernel that reads its rows twice: a row's scale stays valid until an adapter changes, so a step
 usually needs the first kernel alone, and its tiles then spread evenly over the chip whatever the shape of the matrix.
@@ -68,7 +72,60 @@ def _stored_tile(
 
 
 @triton.jit
-def _low_rank_tile(
+def _base_tile(
+    codes: tl.tensor,
+    scale: tl.tensor,
+    nested_scale: tl.tensor,
+    nested_offset: tl.tensor,
+    levels: tl.tensor,
+    nested_levels: tl.tensor,
+    row: tl.tensor,
+    first: tl.tensor,
+    stored_width: tl.tensor,
+    row_bytes: tl.tensor,
+    FAMILY: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """Float32 stored weights (ROWS, COLS), zero beyond their own width."""
+    tile = _stored_tile(
+        codes, scale, nested_scale, nested_offset, levels, nested_levels,
+        row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
+    )  # fmt: skip
+    if EVEN:
+        return tile
+    else:
+        return tl.where((first + tl.arange(0, COLS) < stored_width)[None, :], tile, 0.0)
+
+
+@triton.jit
+def _up_tile(up: tl.tensor, row: tl.tensor, start: tl.tensor, rank: tl.tensor, RANKS: tl.constexpr) -> tl.tensor:
+    """RANKS ranks of `up` from `start` on: (ROWS, RANKS)."""
+    return tl.load(up + row[:, None] * rank + (start + tl.arange(0, RANKS))[None, :])
+
+
+@triton.jit
+def _down_tile(
+    down: tl.tensor,
+    rank_scale: tl.tensor,
+    start: tl.tensor,
+    col: tl.tensor,
+    width: tl.tensor,
+    RANKS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """RANKS ranks of `rank_scale * down` from `start` on, in the type of `down`: (RANKS, COLS)."""
+    index = start + tl.arange(0, RANKS)
+    factor = tl.load(down + index[:, None] * width + col[None, :], mask=(col < width)[None, :] | EVEN, other=0.0)
+    return (factor.to(tl.float32) * tl.load(rank_scale + index)[:, None]).to(factor.dtype)
+
+
+@triton.jit
+def _add_later_ranks(
+    tile: tl.tensor,
     up: tl.tensor,
     down: tl.tensor,
     rank_scale: tl.tensor,
@@ -78,61 +135,28 @@ def _low_rank_tile(
     rank: tl.tensor,
     RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """(rank_scale * up) @ down in float32 (ROWS, COLS), RANKS ranks at a time; `rank` is a multiple of that."""
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, rank, RANKS):
-        index = start + tl.arange(0, RANKS)
-        left = tl.load(up + row[:, None] * rank + index[None, :])
-        scaled = (left.to(tl.float32) * tl.load(rank_scale + index)[None, :]).to(left.dtype)
-        right = tl.load(down + index[:, None] * width + col[None, :], mask=(col < width)[None, :] | EVEN, other=0.0)
-        total = tl.dot(scaled, right, total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _effective_tile(
-    codes: tl.tensor,
-    scale: tl.tensor,
-    nested_scale: tl.tensor,
-    nested_offset: tl.tensor,
-    levels: tl.tensor,
-    nested_levels: tl.tensor,
-    up: tl.tensor,
-    down: tl.tensor,
-    rank_scale: tl.tensor,
-    row: tl.tensor,
-    first: tl.tensor,
-    width: tl.tensor,
-    stored_width: tl.tensor,
-    row_bytes: tl.tensor,
-    rank: tl.tensor,
-    FAMILY: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BYTES: tl.constexpr,
-    RANKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> tl.tensor:
-    """Float32 W_eff (ROWS, COLS): the stored weight, zero beyond its own width, and the low-rank terms."""
-    tile = _stored_tile(
-        codes, scale, nested_scale, nested_offset, levels, nested_levels,
-        row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
-    )  # fmt: skip
-    col = first + tl.arange(0, COLS)
-    if not EVEN:
-        tile = tl.where((col < stored_width)[None, :], tile, 0.0)
-    if up is not None:
-        tile += _low_rank_tile(up, down, rank_scale, row, col, width, rank, RANKS, PRECISION, ROWS, COLS, EVEN)
+    """`tile` and the terms of all ranks after the first RANKS; `rank` is a multiple of RANKS."""
+    for start in range(RANKS, rank, RANKS):
+        left = _up_tile(up, row, start, rank, RANKS)
+        right = _down_tile(down, rank_scale, start, col, width, RANKS, EVEN)
+        tile = tl.dot(left, right, tile, input_precision=PRECISION)
     return tile
 
 
 @triton.jit
+def _rounded(tile: tl.tensor, dtype: tl.constexpr, OUTPUT: tl.constexpr) -> tl.tensor:
+    """`tile` in the type of the output."""
+    if OUTPUT == "int8":
+        return (tl.clamp(tile, -127.0, 127.0) + _ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        # a conversion to fp8 saturates at 448 and keeps NaN
+        tl.static_assert((OUTPUT == "fp8") | (OUTPUT == "float"))
+        return tile.to(dtype)
+
+
+@triton.jit(do_not_specialize_on_alignment=["tiles_each"])
 def decode_kernel(
     out: tl.tensor,
     row_scale: tl.tensor,
@@ -151,38 +175,47 @@ def decode_kernel(
     row_bytes: tl.tensor,
     rank: tl.tensor,
     out_stride: tl.tensor,
+    tiles_each: tl.tensor,
     FAMILY: tl.constexpr,
     FORMAT: tl.constexpr,
     BYTES: tl.constexpr,
     OUTPUT: tl.constexpr,
     RANKS: tl.constexpr,
+    LATER_RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
-    """Write one tile of W_eff into `out` (rows, width), OUTPUT being float, fp8 or int8."""
+    """Write `tiles_each` tiles of W_eff, each below the last, into `out` (rows, width) as float, fp8 or int8."""
     tiles = tl.cdiv(width, COLS)
     first = tl.program_id(0) % tiles * COLS
-    wanted = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(wanted, rows - 1)
-    tile = _effective_tile(
-        codes, scale, nested_scale, nested_offset, levels, nested_levels, up, down, rank_scale,
-        row, first, width, stored_width, row_bytes, rank, FAMILY, FORMAT, BYTES, RANKS, PRECISION, ROWS, COLS, EVEN,
-    )  # fmt: skip
-    if OUTPUT != "float":
-        tile *= tl.div_rn(1.0, tl.load(row_scale + row))[:, None]
-    if OUTPUT == "fp8":
-        # the conversion saturates at 448 and keeps NaN
-        value = tile.to(out.dtype.element_ty)
-    elif OUTPUT == "int8":
-        value = (tl.clamp(tile, -127.0, 127.0) + _ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
-        tl.static_assert(OUTPUT == "float")
-        value = tile.to(out.dtype.element_ty)
+    begin = tl.program_id(0) // tiles * tiles_each * ROWS
     col = first + tl.arange(0, COLS)
-    pointer = out + wanted.to(tl.int64)[:, None] * out_stride + col[None, :]
-    tl.store(pointer, value, mask=(wanted < rows)[:, None] & (col < width)[None, :])
+    if up is not None:
+        right = _down_tile(down, rank_scale, 0, col, width, RANKS, EVEN)
+    for index in tl.range(0, tiles_each, num_stages=STAGES):  # no loop at all where there is one tile
+        wanted = begin + index * ROWS + tl.arange(0, ROWS)
+        row = tl.minimum(wanted, rows - 1)
+        # loads first, as in the tile loaders
+        if up is not None:
+            left = _up_tile(up, row, 0, rank, RANKS)
+        if OUTPUT != "float":
+            unit = tl.load(row_scale + row)
+        tile = _base_tile(
+            codes, scale, nested_scale, nested_offset, levels, nested_levels,
+            row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
+        )  # fmt: skip
+        if up is not None:
+            tile = tl.dot(left, right, tile, input_precision=PRECISION)
+            if LATER_RANKS:
+                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, width, rank, RANKS, PRECISION, EVEN)
+        if OUTPUT != "float":
+            tile *= tl.div_rn(1.0, unit)[:, None]
+        value = _rounded(tile, out.dtype.element_ty, OUTPUT)
+        pointer = out + wanted.to(tl.int64)[:, None] * out_stride + col[None, :]
+        tl.store(pointer, value, mask=(wanted < rows)[:, None] & (col < width)[None, :])
 
 
 @triton.jit
@@ -207,20 +240,30 @@ def row_scale_kernel(
     BYTES: tl.constexpr,
     LARGEST: tl.constexpr,
     RANKS: tl.constexpr,
+    LATER_RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
     """Write largest |W_eff| / LARGEST for ROWS rows, or 1 where that is no normal float32."""
     wanted = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(wanted, rows - 1)
     largest = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(0, width, COLS):
-        tile = _effective_tile(
-            codes, scale, nested_scale, nested_offset, levels, nested_levels, up, down, rank_scale,
-            row, first, width, stored_width, row_bytes, rank, FAMILY, FORMAT, BYTES, RANKS, PRECISION, ROWS, COLS, EVEN,
+    if up is not None:
+        left = _up_tile(up, row, 0, rank, RANKS)
+    for first in tl.range(0, width, COLS, num_stages=STAGES):
+        col = first + tl.arange(0, COLS)
+        tile = _base_tile(
+            codes, scale, nested_scale, nested_offset, levels, nested_levels,
+            row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
         )  # fmt: skip
+        if up is not None:
+            right = _down_tile(down, rank_scale, 0, col, width, RANKS, EVEN)
+            tile = tl.dot(left, right, tile, input_precision=PRECISION)
+            if LATER_RANKS:
+                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, width, rank, RANKS, PRECISION, EVEN)
         largest = tl.maximum(largest, tl.abs(tile))
     unit = tl.div_rn(tl.max(largest, axis=1), tl.full((ROWS,), LARGEST, tl.float32))
     tl.store(row_scale + wanted, tl.where(unit >= 1.1754943508222875e-38, unit, 1.0), mask=wanted < rows)

@@ -2,6 +2,9 @@
 
 Importing this module registers them. `backend` is "triton" or "torch", chosen before the call; neither stands in for
 the other. Both operators only write into tensors that they are given.
+
+A call that nothing traces or records goes straight to the backend: passing through an operator costs the host five
+times what preparing the launch costs.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ def decode_into(
     row_scale: torch.Tensor | None = None,
 ) -> None:
     """Write W_eff into `out`, as `kernels.decode.decode` states it."""
-    _decode(*_flat(packed), backend, out, row_scale, *_factors(terms))
+    if _watched(out):
+        _decode(*_flat(packed), backend, out, row_scale, *_factors(terms))
+    else:
+        _decode_now(packed, out, backend, terms, row_scale)
 
 
 def measure_row_scale_into(
@@ -38,7 +44,51 @@ def measure_row_scale_into(
     terms: StackedTerms | None = None,
 ) -> None:
     """Write the row scales of W_eff, as `kernels.decode.measure_row_scale` states it."""
-    _row_scale(*_flat(packed), backend, row_scale, dtype, width, *_factors(terms))
+    if _watched(row_scale):
+        _row_scale(*_flat(packed), backend, row_scale, dtype, width, *_factors(terms))
+    else:
+        _row_scale_now(packed, row_scale, dtype, width, backend, terms)
+
+
+def _watched(target: torch.Tensor) -> bool:
+    """Whether a compiler, a tracer with tensors of its own or autograd has to see that `target` is written to."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0  # modes such as FakeTensorMode and make_fx
+        or type(target) is not torch.Tensor
+    )
+
+
+def _decode_now(
+    packed: Packed,
+    out: torch.Tensor,
+    backend: str,
+    terms: StackedTerms | None,
+    row_scale: torch.Tensor | None,
+) -> None:
+    if backend == "torch":
+        decode_reference.decode_in_torch(packed, out, terms, row_scale)
+    else:
+        from gossamer.kernels.decode import decode  # needs Triton
+
+        decode(packed, out, terms, row_scale)
+
+
+def _row_scale_now(
+    packed: Packed,
+    row_scale: torch.Tensor,
+    dtype: torch.dtype,
+    width: int,
+    backend: str,
+    terms: StackedTerms | None,
+) -> None:
+    if backend == "torch":
+        decode_reference.measure_row_scale_in_torch(packed, row_scale, dtype, width, terms)
+    else:
+        from gossamer.kernels.decode import measure_row_scale  # needs Triton
+
+        measure_row_scale(packed, row_scale, dtype, width, terms)
 
 
 def _flat(packed: Packed) -> tuple[str, str, list[torch.Tensor], int, int]:
@@ -77,13 +127,7 @@ def _decode(
     scale: torch.Tensor | None,
 ) -> None:
     packed = _packed(storage, roles, tensors, out_features, in_features)
-    terms = _terms(up, down, scale)
-    if backend == "torch":
-        decode_reference.decode_in_torch(packed, out, terms, row_scale)
-    else:
-        from gossamer.kernels.decode import decode  # needs Triton
-
-        decode(packed, out, terms, row_scale)
+    _decode_now(packed, out, backend, _terms(up, down, scale), row_scale)
 
 
 @torch.library.custom_op("gossamer::row_scale", mutates_args=("row_scale",))
@@ -102,13 +146,7 @@ def _row_scale(
     scale: torch.Tensor | None,
 ) -> None:
     packed = _packed(storage, roles, tensors, out_features, in_features)
-    terms = _terms(up, down, scale)
-    if backend == "torch":
-        decode_reference.measure_row_scale_in_torch(packed, row_scale, dtype, width, terms)
-    else:
-        from gossamer.kernels.decode import measure_row_scale  # needs Triton
-
-        measure_row_scale(packed, row_scale, dtype, width, terms)
+    _row_scale_now(packed, row_scale, dtype, width, backend, _terms(up, down, scale))
 
 
 @_decode.register_fake

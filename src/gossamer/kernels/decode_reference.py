@@ -1,6 +1,6 @@
 """What the decode kernels compute, in pure torch: the specification, and the backend where Triton is missing.
 
-    W_eff     = unpack(packed), zero columns where `out` is wider, plus (scale * up) @ down        float32 (out, in)
+    W_eff     = unpack(packed), zero columns where `out` is wider, plus up @ (scale * down)        float32 (out, in)
     float     out = W_eff rounded once to fp32, fp16 or bf16
     fp8       out = e4m3(clamp(W_eff * (1 / row_scale), -448, 448))
     int8      out = round half to even(clamp(W_eff * (1 / row_scale), -127, 127))

@@ -8,6 +8,10 @@ Codes are read as words of WORD bytes, as large as the alignment of the block al
 a time; bytes are taken apart last. Words are addressed in the order in which their elements are written, so that a
 thread's values lie next to each other in the stored block and in the output. A byte that holds elements of several
 sub-blocks is read several times, from L1 after the first.
+
+Everything is loaded, in the type that it has in memory, before anything is converted. A change of layout happens where
+a value is first used; it is a barrier, and no load begins above one: where loads and arithmetic alternate, a tile waits
+for memory once a load.
 """
 
 from __future__ import annotations
@@ -43,31 +47,25 @@ def exact_float(code: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def load_half(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """The float16 at an even byte address, as float32."""
-    return tl.load(pointer.to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
+    """The float16 at an even byte address."""
+    return tl.load(pointer.to(tl.pointer_type(tl.float16)), mask=mask, other=0.0)
 
 
 @triton.jit
 def load_byte(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """A byte, as int32 0..255."""
-    return tl.load(pointer, mask=mask, other=0).to(tl.int32)
-
-
-@triton.jit
-def load_signed_byte(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """A byte, as int32 -128..127."""
-    return tl.load(pointer, mask=mask, other=0).to(tl.int8, bitcast=True).to(tl.int32)
+    """A byte, 0..255."""
+    return tl.load(pointer, mask=mask, other=0)
 
 
 @triton.jit
 def load_words(start: tl.tensor, offset: tl.tensor, inside: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
-    """Words of WORD bytes at `start` (ROWS, subs) + `offset` (1, subs or 1, words): int32 (ROWS, subs, words)."""
+    """Words of WORD bytes at `start` (ROWS, subs) + `offset` (1, subs or 1, words): (ROWS, subs, words)."""
     if WORD == 4:
         pointer = (start[:, :, None] + offset).to(tl.pointer_type(tl.int32))
     else:
         tl.static_assert(WORD == 2)
         pointer = (start[:, :, None] + offset).to(tl.pointer_type(tl.uint16))
-    return tl.load(pointer, mask=inside[:, :, None], other=0).to(tl.int32)
+    return tl.load(pointer, mask=inside[:, :, None], other=0)
 
 
 @triton.jit
@@ -78,16 +76,22 @@ def word_starts(LENGTH: tl.constexpr, WORD: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def bytes_of(word: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
-    """The bytes of words (ROWS, subs, words), lowest first: int32 (ROWS, subs, words * WORD)."""
+    """The bytes of int32 words (ROWS, subs, words), lowest first: int32 (ROWS, subs, words * WORD)."""
     each = (word[:, :, :, None] >> (tl.arange(0, WORD) * 8)[None, None, None, :]) & 255
     return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2] * WORD))
 
 
 @triton.jit
-def look_up(levels: tl.tensor, code: tl.tensor) -> tl.tensor:
-    """The sixteen float32 values at `levels`, by codes 0..15 of any shape.
+def load_levels(levels: tl.tensor) -> tl.tensor:
+    """The table of `look_up`: sixteen float32 values."""
+    return tl.load(levels + tl.arange(0, 16))
+
+
+@triton.jit
+def look_up(table: tl.tensor, code: tl.tensor) -> tl.tensor:
+    """Values of a table of sixteen, by codes 0..15 of any shape.
 
     A gather goes through shared memory: its addresses have 32 bits, which saves two instructions an element.
     """
     flat = tl.reshape(code, (code.numel,))
-    return tl.reshape(tl.gather(tl.load(levels + tl.arange(0, 16)), flat, 0), code.shape)
+    return tl.reshape(tl.gather(table, flat, 0), code.shape)

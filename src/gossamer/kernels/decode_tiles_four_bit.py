@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.kernels.decode_tiles import load_byte, look_up, whole
+from gossamer.kernels.decode_tiles import load_byte, load_levels, look_up, whole
 
 
 @triton.jit
@@ -28,22 +28,22 @@ def four_bit_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = levels[code] * absmax[block]; absmax = nested_levels[absmax] * nested_scale + nested_offset when NESTED."""
+    table = load_levels(levels)
     word = first // 8 + tl.arange(0, COLS // 8)
     inside = whole(word * 8, width, EVEN)[None, :]
     words = codes.to(tl.pointer_type(tl.int32)) + row.to(tl.int64)[:, None] * (width // 8) + word[None, :]
     packed = tl.load(words, mask=inside, other=0)
-    # bytes come lowest first, and in a byte the high four bits: shifts 4, 0, 12, 8, ...
-    place = tl.arange(0, 8)[None, None, :] ^ 1
-    code = (packed[:, :, None] >> (place * 4)) & 15
-    value = look_up(levels, code)
-
     group = first // 64 + tl.arange(0, COLS // 64)
     block = row.to(tl.int64)[:, None] * (width // 64) + group[None, :]
     inside_group = whole(group * 64, width, EVEN)[None, :]
     if NESTED:
-        difference = tl.load(nested_levels + load_byte(absmax + block, inside_group))
+        difference = tl.load(nested_levels + load_byte(absmax + block, inside_group).to(tl.int32))
         largest = difference * tl.load(nested_scale + block // 256, mask=inside_group, other=0.0)
         largest += tl.load(nested_offset)
     else:
         largest = tl.load(absmax + block, mask=inside_group, other=0.0)
+
+    # bytes come lowest first, and in a byte the high four bits: shifts 4, 0, 12, 8, ...
+    place = tl.arange(0, 8)[None, None, :] ^ 1
+    value = look_up(table, (packed[:, :, None] >> (place * 4)) & 15)
     return tl.reshape(tl.reshape(value, (ROWS, COLS // 64, 64)) * largest[:, :, None], (ROWS, COLS))

@@ -14,7 +14,7 @@ from gossamer.kernels.decode_tiles import (
     exact_float,
     load_byte,
     load_half,
-    load_signed_byte,
+    load_levels,
     load_words,
     look_up,
     row_starts,
@@ -30,18 +30,21 @@ def _q4_scales(block: tl.tensor, sub: tl.tensor, inside: tl.tensor) -> tl.tensor
     first = load_byte(block + 4 + sub % 4, inside)
     second = load_byte(block + 8 + sub % 4, inside)
     last = load_byte(block + 12 + sub % 4, inside)
+    unit, minimum_unit = load_half(block, inside), load_half(block + 2, inside)
+    first, second, last = first.to(tl.int32), second.to(tl.int32), last.to(tl.int32)
     early = sub < 4
     scale = tl.where(early, first & 63, (last & 15) | ((first >> 2) & 48))
     minimum = tl.where(early, second & 63, (last >> 4) | ((second >> 2) & 48))
-    return exact_float(scale, 0) * load_half(block, inside), exact_float(minimum, 0) * load_half(block + 2, inside)
+    return exact_float(scale, 0) * unit.to(tl.float32), exact_float(minimum, 0) * minimum_unit.to(tl.float32)
 
 
 @triton.jit
 def _q3_scale(block: tl.tensor, sub: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """Six-bit scales (ROWS, subs) of Q3_K less 32, times d: float32."""
-    low = (load_byte(block + 96 + sub % 8, inside) >> (sub // 8 * 4)) & 15
-    high = (load_byte(block + 104 + sub % 4, inside) >> (sub // 4 * 2)) & 3
-    return exact_float(low | (high << 4), 32) * load_half(block + 108, inside)
+    low, high = load_byte(block + 96 + sub % 8, inside), load_byte(block + 104 + sub % 4, inside)
+    unit = load_half(block + 108, inside)
+    scale = ((low.to(tl.int32) >> (sub // 8 * 4)) & 15) | (((high.to(tl.int32) >> (sub // 4 * 2)) & 3) << 4)
+    return exact_float(scale, 32) * unit.to(tl.float32)
 
 
 @triton.jit
@@ -66,24 +69,31 @@ def k16_tile(
     half, field = (sub // 8)[:, :, None], (sub % 8 // 2)[:, :, None]
     upper = (sub % 2 * 16)[:, :, None]
     if FORMAT == "Q2_K":
+        word = load_words(block, 16 + half * 32 + upper + word_starts(16, 4), inside, 4)
         packed = load_byte(block + sub, inside)
-        scale = exact_float(packed & 15, 0) * load_half(block + 80, inside)
-        minimum = exact_float(packed >> 4, 0) * load_half(block + 82, inside)
-        byte = upper + word_starts(16, 4)
-        word = (load_words(block, 16 + half * 32 + byte, inside, 4) >> (field * 2)) & 0x03030303
+        unit, minimum_unit = load_half(block + 80, inside), load_half(block + 82, inside)
+        packed = packed.to(tl.int32)
+        scale = exact_float(packed & 15, 0) * unit.to(tl.float32)
+        minimum = exact_float(packed >> 4, 0) * minimum_unit.to(tl.float32)
+        word = (word >> (field * 2)) & 0x03030303
         weight = exact_float(bytes_of(word, 4), 0) * scale[:, :, None] - minimum[:, :, None]
     elif FORMAT == "Q3_K":
         byte = upper + word_starts(16, 2)
-        high = (load_words(block, byte, inside, 2) >> (half * 4 + field)) & 0x0101
-        low = (load_words(block, 32 + half * 32 + byte, inside, 2) >> (field * 2)) & 0x0303
-        weight = exact_float(bytes_of(low | (high << 2), 2), 4) * _q3_scale(block, sub, inside)[:, :, None]
+        high, low = load_words(block, byte, inside, 2), load_words(block, 32 + half * 32 + byte, inside, 2)
+        scale = _q3_scale(block, sub, inside)
+        low, high = low.to(tl.int32), high.to(tl.int32)
+        word = ((low >> (field * 2)) & 0x0303) | (((high >> (half * 4 + field)) & 0x0101) << 2)
+        weight = exact_float(bytes_of(word, 2), 4) * scale[:, :, None]
     else:
         tl.static_assert(FORMAT == "Q6_K")
-        scale = load_signed_byte(block + 192 + sub, inside).to(tl.float32) * load_half(block + 208, inside)
         byte = upper + word_starts(16, 2)
-        low = (load_words(block, half * 64 + field % 2 * 32 + byte, inside, 2) >> (field // 2 * 4)) & 0x0F0F
-        high = (load_words(block, 128 + half * 32 + byte, inside, 2) >> (field * 2)) & 0x0303
-        weight = exact_float(bytes_of(low | (high << 4), 2), 32) * scale[:, :, None]
+        low = load_words(block, half * 64 + field % 2 * 32 + byte, inside, 2)
+        high = load_words(block, 128 + half * 32 + byte, inside, 2)
+        code, unit = load_byte(block + 192 + sub, inside), load_half(block + 208, inside)
+        low, high = low.to(tl.int32), high.to(tl.int32)
+        scale = code.to(tl.int8, bitcast=True).to(tl.float32) * unit.to(tl.float32)
+        word = ((low >> (field // 2 * 4)) & 0x0F0F) | (((high >> (field * 2)) & 0x0303) << 4)
+        weight = exact_float(bytes_of(word, 2), 32) * scale[:, :, None]
     return tl.reshape(weight, (ROWS, COLS))
 
 
@@ -107,20 +117,23 @@ def k32_tile(
     block = row_starts(blocks, row, row_bytes)[:, None] + (group // 8 * BYTES)[None, :]
     sub = (group % 8)[None, :]
     if FORMAT == "IQ4_XS":
-        low = (load_byte(block + 4 + sub // 2, inside) >> (sub % 2 * 4)) & 15
-        high = (load_byte(block + 2 + sub // 4, inside) >> (sub % 4 * 2)) & 3
-        scale = exact_float(low | (high << 4), 32) * load_half(block, inside)
-        code = bytes_of(nibbles(block + 8 + sub * 16, inside, 4), 4)
-        weight = look_up(levels, code) * scale[:, :, None]
+        table = load_levels(levels)
+        low, high = load_byte(block + 4 + sub // 2, inside), load_byte(block + 2 + sub // 4, inside)
+        unit = load_half(block, inside)
+        word = nibbles(block + 8 + sub * 16, inside, 4)
+        code = ((low.to(tl.int32) >> (sub % 2 * 4)) & 15) | (((high.to(tl.int32) >> (sub % 4 * 2)) & 3) << 4)
+        scale = exact_float(code, 32) * unit.to(tl.float32)
+        weight = look_up(table, bytes_of(word, 4)) * scale[:, :, None]
     else:
         tl.static_assert((FORMAT == "Q4_K") | (FORMAT == "Q5_K"))
-        scale, minimum = _q4_scales(block, sub, inside)
         start: tl.constexpr = 16 if FORMAT == "Q4_K" else 48
         byte = word_starts(32, 4)
         word = load_words(block, start + (sub // 2 * 32)[:, :, None] + byte, inside, 4)
+        if FORMAT == "Q5_K":
+            high = load_words(block, 16 + byte, inside, 4)
+        scale, minimum = _q4_scales(block, sub, inside)
         word = (word >> (sub % 2 * 4)[:, :, None]) & 0x0F0F0F0F
         if FORMAT == "Q5_K":
-            high = load_words(block, 16 + byte, inside, 4) >> sub[:, :, None]
-            word |= (high & 0x01010101) << 4
+            word |= ((high >> sub[:, :, None]) & 0x01010101) << 4
         weight = exact_float(bytes_of(word, 4), 0) * scale[:, :, None] - minimum[:, :, None]
     return tl.reshape(weight, (ROWS, COLS))

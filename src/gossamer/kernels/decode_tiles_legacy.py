@@ -13,6 +13,7 @@ from gossamer.kernels.decode_tiles import (
     bytes_of,
     exact_float,
     load_half,
+    load_levels,
     load_words,
     look_up,
     row_starts,
@@ -25,7 +26,7 @@ from gossamer.kernels.decode_tiles import (
 def nibbles(start: tl.tensor, inside: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
     """Words of 32 codes from 16 bytes at `start` (ROWS, blocks): low nibbles first, then the high ones."""
     byte = word_starts(32, WORD)
-    return (load_words(start, byte % 16, inside, WORD) >> (byte // 16 * 4)) & 0x0F0F0F0F
+    return (load_words(start, byte % 16, inside, WORD).to(tl.int32) >> (byte // 16 * 4)) & 0x0F0F0F0F
 
 
 @triton.jit
@@ -57,24 +58,29 @@ def legacy_tile(
     group = first // 32 + tl.arange(0, COLS // 32)
     inside = whole(group * 32, width, EVEN)[None, :]
     block = row_starts(blocks, row, row_bytes)[:, None] + (group * BYTES)[None, :]
-    scale = load_half(block, inside)[:, :, None]
+    unit = load_half(block, inside)
+    with_minimum: tl.constexpr = (FORMAT == "Q4_1") | (FORMAT == "Q5_1")
+    if with_minimum:
+        minimum = load_half(block + 2, inside)
+    # the blocks with a minimum are multiples of four bytes
+    WORD: tl.constexpr = 4 if with_minimum else 2
     if FORMAT == "Q4_0":
-        weight = exact_float(bytes_of(nibbles(block + 2, inside, 2), 2), 8) * scale
+        word, OFFSET = nibbles(block + 2, inside, WORD), 8
     elif FORMAT == "Q4_1":
-        weight = exact_float(bytes_of(nibbles(block + 4, inside, 4), 4), 0) * scale
-        weight += load_half(block + 2, inside)[:, :, None]
+        word, OFFSET = nibbles(block + 4, inside, WORD), 0
     elif FORMAT == "Q5_0":
-        word = nibbles(block + 6, inside, 2) | _fifth_bits(block + 2, inside, 2)
-        weight = exact_float(bytes_of(word, 2), 16) * scale
+        word, OFFSET = nibbles(block + 6, inside, WORD) | _fifth_bits(block + 2, inside, WORD), 16
     elif FORMAT == "Q5_1":
-        word = nibbles(block + 8, inside, 4) | _fifth_bits(block + 4, inside, 4)
-        weight = exact_float(bytes_of(word, 4), 0) * scale
-        weight += load_half(block + 2, inside)[:, :, None]
+        word, OFFSET = nibbles(block + 8, inside, WORD) | _fifth_bits(block + 4, inside, WORD), 0
     elif FORMAT == "IQ4_NL":
-        weight = look_up(levels, bytes_of(nibbles(block + 2, inside, 2), 2)) * scale
+        word, OFFSET = nibbles(block + 2, inside, WORD), 0
     else:
         tl.static_assert(FORMAT == "Q8_0")
         # flipping the sign bit turns -128..127 into 0..255
-        word = load_words(block, 2 + word_starts(32, 2), inside, 2) ^ 0x8080
-        weight = exact_float(bytes_of(word, 2), 128) * scale
+        word, OFFSET = load_words(block, 2 + word_starts(32, WORD), inside, WORD).to(tl.int32) ^ 0x8080, 128
+    code = bytes_of(word, WORD)
+    value = look_up(load_levels(levels), code) if FORMAT == "IQ4_NL" else exact_float(code, OFFSET)
+    weight = value * unit.to(tl.float32)[:, :, None]
+    if with_minimum:
+        weight += minimum.to(tl.float32)[:, :, None]
     return tl.reshape(weight, (ROWS, COLS))

@@ -55,7 +55,8 @@ def int8_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row]."""
-    return _values(codes, row, first, width, COLS, EVEN).to(tl.float32) * tl.load(scale + row)[:, None]
+    code, unit = _values(codes, row, first, width, COLS, EVEN), tl.load(scale + row)[:, None]
+    return code.to(tl.float32) * unit
 
 
 @triton.jit
@@ -92,5 +93,5 @@ def fp8_e5m2_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row], codes e5m2: the upper byte of a float16."""
-    code = _values(codes, row, first, width, COLS, EVEN).to(tl.int16) << 8
-    return code.to(tl.float16, bitcast=True).to(tl.float32) * tl.load(scale + row)[:, None]
+    code, unit = _values(codes, row, first, width, COLS, EVEN), tl.load(scale + row)[:, None]
+    return (code.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32) * unit

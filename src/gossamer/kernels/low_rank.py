@@ -4,10 +4,10 @@
     down   (R, in)    the same type
     scale  (R,)       float32; ranks of one term share its scale
 
-W_delta = (scale * up) @ down, where R is the sum of the ranks, padded with zeros to 16, 32 or a multiple of 64: the
+W_delta = up @ (scale * down), where R is the sum of the ranks, padded with zeros to 16, 32 or a multiple of 64: the
 kernels take so many ranks at a time, so three of them serve every set of adapters.
 
-Precision: `scale * up` is rounded once to the type of the factors (exact where the scale is a power of two); products
+Precision: `scale * down` is rounded once to the type of the factors (exact where the scale is a power of two); products
 are summed in float32. Factors given in several types become float32, which runs as three TF32 products (error about
 2^-21) from Ampere on and as plain float32 before.
 """
@@ -97,6 +97,6 @@ def set_scales(stacked: StackedTerms, scales: Sequence[float]) -> None:
 
 
 def delta(stacked: StackedTerms) -> torch.Tensor:
-    """The reference: float32 (out, in) of all terms, from `scale * up` rounded as the kernel rounds it."""
-    scaled = (stacked.up.float() * stacked.scale).to(stacked.up.dtype)
-    return scaled.float() @ stacked.down.float()
+    """The reference: float32 (out, in) of all terms, from `scale * down` rounded as the kernel rounds it."""
+    scaled = (stacked.down.float() * stacked.scale[:, None]).to(stacked.down.dtype)
+    return stacked.up.float() @ scaled.float()
