@@ -7,7 +7,8 @@ DEMO_PROMPT := a glossy red ball on top of a large blue cube, and a yellow cone 
 .PHONY: demo test lint types fast test-gpu clean
 
 demo: .venv/core
-	$(BIN)/gossamer run "$(DEMO_PROMPT)" --storage nf4 --seed 7 --guidance 1 --output outputs/demo.png --overwrite
+	$(BIN)/gossamer run "$(DEMO_PROMPT)" --storage nf4 --lora pencil --seed 0 --output outputs/demo.png --overwrite
+	@echo "The picture is $(CURDIR)/outputs/demo.png"
 
 test: lint types fast
 

@@ -34,13 +34,14 @@ from gossamer.demo.embedded import adapter_paths, model_folder
 from gossamer.demo.reader import load_reader
 from gossamer.demo.reader_net import ReaderNet
 from gossamer.demo.render import pack_scenes, render
+from gossamer.demo.scene import Scene
 from gossamer.demo.styles import STYLES, style_score
 from gossamer.errors import FileMissingError, GossamerError
 from gossamer.formats import find_format
 from gossamer.models.flux import from_diffusers
 from gossamer.models.swap import quantize, weight_bytes
 from gossamer.pipeline.components import StorageChoice, load_components, pick_device, storage_plan
-from gossamer.pipeline.folder import ModelFolder, open_folder
+from gossamer.pipeline.folder import ModelFolder, component_hashes, open_folder
 from gossamer.pipeline.quiet import quiet_loading
 
 REFERENCE = "fp32"
@@ -179,6 +180,7 @@ def measure_row(bench: Bench, painted: Painted, reference: Painted) -> dict[str,
     return {
         "likeness": likeness(painted.plain, reference.plain),
         "adherence": adherence(bench.captions, painted.plain, bench.reader),
+        "three_objects": three_objects(bench, painted.plain),
         "adapters": {
             name: {
                 "measure": "edge_agreement" if name == CONTROL else "style_score",
@@ -189,6 +191,25 @@ def measure_row(bench: Bench, painted: Painted, reference: Painted) -> dict[str,
             for name, pictures in painted.adapted.items()
         },
     }
+
+
+def three_objects(bench: Bench, pictures: torch.Tensor) -> dict[str, Any]:
+    """Adherence in scenes of three objects: where two share a shape or a colour, and where all differ in both."""
+    groups: dict[str, list[int]] = {"alike": [], "apart": []}
+    for place, asked in enumerate(bench.captions):
+        if len(asked.scene.solids) == 3:
+            groups["alike" if alike(asked.scene) else "apart"].append(place)
+    return {
+        name: adherence([bench.captions[place] for place in places], pictures[places], bench.reader)
+        for name, places in groups.items()
+        if places
+    }
+
+
+def alike(scene: Scene) -> bool:
+    """Whether two objects of a scene have the same shape or the same colour."""
+    shapes, colours = {solid.shape for solid in scene.solids}, {solid.colour for solid in scene.solids}
+    return min(len(shapes), len(colours)) < len(scene.solids)
 
 
 def storage_row(bench: Bench, storage: str, reference: Painted | None) -> tuple[dict[str, Any], Painted]:
@@ -273,6 +294,7 @@ def describe(bench: Bench) -> dict[str, Any]:
             "compute": "float32 in every row, TF32 off, on every device; pictures are compared before 8-bit rounding",
             "text_storage": bench.folder.stored["text_encoder_2"],
             "weight_bytes": "whole transformer in memory, its biases and norm scales in float32",
+            "model_sha256": component_hashes(bench.folder.path),
             "adapters_sha256": {name: adapter.sha256 for name, adapter in bench.adapters.items()},
         },
     }

@@ -2,12 +2,15 @@
 
     python benchmarks/run_seconds.py --out benchmarks/results
 
-One warm-up, then `--runs` counted ones for each storage format, each with one style adapter at 20 steps.
+One warm-up, then `--runs` counted ones for each storage format, each with one style adapter at 20 steps. Other programs
+on the same cores slow it down several times over: `load` is the machine's load average before and after. By itself the
+command brings it to about the number of its threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -28,22 +31,29 @@ def run_once(storage: str, lora: str) -> float:
     command = [sys.executable, "-m", "gossamer", "run", PROMPT, "--storage", storage, "--lora", lora, "--steps", "20"]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        subprocess.run(
+        done = subprocess.run(
             [*command, "--device", "cpu", "--output", str(Path(folder) / "picture.png")],
-            check=True,
+            check=False,
             capture_output=True,
+            text=True,
         )
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return seconds
 
 
 def measure(storage: str, lora: str, runs: int) -> dict[str, Any]:
     """Median and spread of the counted runs."""
+    before = os.getloadavg()[0]
     run_once(storage, lora)
     seconds = [run_once(storage, lora) for _ in range(runs)]
+    after = os.getloadavg()[0]
     return {
         "storage": storage,
         "lora": lora,
         "runs": runs,
+        "load": [round(before, 1), round(after, 1)],
         "seconds_median": statistics.median(seconds),
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),

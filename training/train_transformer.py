@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 training/train_transformer.py --vae runs/vae/vae.safetensors --out runs/base
     python training/train_transformer.py ...        # one GPU; give it four times the seconds
-    torchrun ... --start runs/flow/flow.safetensors --shares 1,2,7 --rate 6e-4   # goes on, mostly with three objects
+    torchrun ... --weights runs/flow/flow.safetensors --shares 1,2,7 --rate 6e-4   # goes on, mostly with three objects
 
 It may be started beside step 2: it renders its pictures first and waits for the autoencoder. First phase: flow matching
 on latents, one caption in ten empty. Second phase, from the average of the first: the student is shown guidance values
@@ -52,7 +52,7 @@ class Options:
     vae: Path
     tokenizers: Path
     out: Path
-    start: Path | None
+    weights: Path | None
     shares: tuple[float, ...]
     first_seed: int
     seconds: float
@@ -227,8 +227,8 @@ def train(options: Options) -> None:
     )
     torch.manual_seed(0)
     model = Denoiser(options.tokenizers).to(team.device)
-    if options.start:
-        model.load_state_dict(load_file(options.start))
+    if options.weights:
+        model.load_state_dict(load_file(options.weights))
     first_phase(options, team, log, data, model)
     save(options.out / "flow.safetensors", model, team)
     second_phase(options, team, log, data, model)
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="step 2's file, or the shipped folder model/vae")
     parser.add_argument("--tokenizers", type=Path, default=Path("src/gossamer/demo/model"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="weights of an earlier run's first phase to go on from")
+    parser.add_argument("--weights", type=Path, help="weights of an earlier run's first phase to go on from")
     parser.add_argument("--shares", type=shares, default=EVEN, help="how often one, two and three objects")
     parser.add_argument("--first-seed", type=int, default=0, help="of the scenes; another run takes others")
     parser.add_argument("--seconds", type=float, default=500.0)

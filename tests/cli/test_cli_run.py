@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from gossamer.adapters import Adapter, LowRankTerm, write_adapter
 from gossamer.cli.main import main
 from gossamer.demo.embedded import model_folder
 from gossamer.models.flux_spec import FluxSpec
-from gossamer.pipeline import load, painter
+from gossamer.pipeline import load, painter, rerun
 from gossamer.pipeline.picture import read_picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "2", "--size", "64x64"]
 
 
@@ -43,6 +45,7 @@ def loaded_once(pipe, monkeypatch):
         return pipe
 
     monkeypatch.setattr(load, "assemble", assemble)
+    monkeypatch.setattr(rerun, "assemble", assemble)
     yield pipe
     for name in pipe.adapters:
         pipe.detach(name)
@@ -171,6 +174,42 @@ def test_control_brings_its_own_lora(loaded_once, bundled, capsys):
     ]
     assert other["adapters"] == {"edges": 0.5}
     assert main(["rerun", picture["path"]]) == 0
+
+
+def test_the_shipped_adapters_by_name(loaded_once, capsys):
+    Image.effect_noise((64, 64), 90).save("guide.png")
+    painted = [
+        run_json(capsys, "a cone", *argv, "--output", f"{number}.png")["pictures"][0]
+        for number, argv in enumerate(
+            (
+                [],
+                ["--lora", "pencil"],
+                ["--lora", "neon:0.5"],
+                ["--lora", "pencil:0.7", "--lora", "neon:0.3"],
+                ["--control", "guide.png", "--lora", "neon"],
+            )
+        )
+    ]
+    assert [picture["adapters"] for picture in painted] == [
+        {},
+        {"pencil": 1.0},
+        {"neon": 0.5},
+        {"pencil": 0.7, "neon": 0.3},
+        {"neon": 1.0, "edges": 1.0},
+    ]
+    assert len({picture["pixels_sha256"] for picture in painted}) == len(painted)
+    assert main(["rerun", "4.png"]) == 0
+
+
+def test_the_demo_of_the_makefile(loaded_once, capsys):
+    made = subprocess.run(["make", "-n", "demo"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    (line,) = [line for line in made.splitlines() if "gossamer run" in line]
+    _, verb, *argv = shlex.split(line)
+    assert (verb, argv[-3:]) == ("run", ["--output", "outputs/demo.png", "--overwrite"])
+    (picture,) = run_json(capsys, *argv[:-3], "--output", "demo.png")["pictures"]
+    assert picture["storage"] == "nf4"
+    assert picture["adapters"], "the demo shows an adapter on quantised weights"
+    assert f"The picture is {ROOT}/outputs/demo.png" in made
 
 
 def test_edges_are_extracted_from_a_picture(loaded_once, bundled, capsys):
