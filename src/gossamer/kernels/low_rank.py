@@ -72,16 +72,23 @@ def stack_terms(terms: Sequence[Term], dtype: torch.dtype | None = None) -> Stac
     dtype = dtype or _common_type(terms)
     ranks = tuple(up.shape[1] for up, _, _ in terms)
     padding = -sum(ranks) % rank_step(sum(ranks))
-    up = torch.cat([up.to(dtype) for up, _, _ in terms], dim=1)
-    down = torch.cat([down.to(dtype) for _, down, _ in terms], dim=0)
-    scale = torch.empty(sum(ranks) + padding, dtype=torch.float32, device=up.device)
-    stacked = StackedTerms(F.pad(up, (0, padding)), F.pad(down, (0, 0, 0, padding)), scale, ranks)
+    up = _side_by_side([up.to(dtype) for up, _, _ in terms], padding, dim=1)
+    down = _side_by_side([down.to(dtype) for _, down, _ in terms], padding, dim=0)
+    scale = torch.zeros(sum(ranks) + padding, dtype=torch.float32, device=up.device)
+    stacked = StackedTerms(up, down, scale, ranks)
     set_scales(stacked, [scale for _, _, scale in terms])
     return stacked
 
 
+def _side_by_side(factors: Sequence[torch.Tensor], padding: int, dim: int) -> torch.Tensor:
+    """The factors and `padding` zeros along `dim`, contiguous; a single factor that needs neither stays where it is."""
+    joined = factors[0] if len(factors) == 1 else torch.cat(list(factors), dim=dim)
+    padded = F.pad(joined, (0, padding) if dim == 1 else (0, 0, 0, padding)) if padding else joined
+    return padded.contiguous()
+
+
 def set_scales(stacked: StackedTerms, scales: Sequence[float]) -> None:
-    """Change the strengths of the terms, in place: one small copy, and no kernel is compiled for it.
+    """Change the strengths of the terms, in place: one small fill each, and no kernel is compiled for it.
 
     Row scales that were measured before are no longer valid.
     """
@@ -91,9 +98,10 @@ def set_scales(stacked: StackedTerms, scales: Sequence[float]) -> None:
             "Every stacked term has one scale, in the order of stacking.",
             "Pass one scale a term; 0 switches a term off.",
         )
-    each = [scale for scale, rank in zip(scales, stacked.ranks, strict=True) for _ in range(rank)]
-    padding = stacked.scale.numel() - len(each)
-    stacked.scale.copy_(torch.tensor([*each, *[0.0] * padding], dtype=torch.float32))
+    stop = 0
+    for scale, rank in zip(scales, stacked.ranks, strict=True):
+        start, stop = stop, stop + rank
+        stacked.scale[start:stop].fill_(scale)  # on the device: a copy from the host would wait for all work before it
 
 
 def delta(stacked: StackedTerms) -> torch.Tensor:

@@ -180,9 +180,12 @@ def _bias(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor | N
     biases = [layer.effective_bias(dtype) for layer in layers]
     if all(bias is None for bias in biases):
         return None
+    if len(biases) == 1:
+        return biases[0]
     device = layers[0].packed.device
-    empty = [torch.zeros(layer.out_features, dtype=dtype, device=device) for layer in layers]
-    return torch.cat([other if bias is None else bias for bias, other in zip(biases, empty, strict=True)])
+    pairs = zip(biases, layers, strict=True)
+    filled = [torch.zeros(of.out_features, dtype=dtype, device=device) if bias is None else bias for bias, of in pairs]
+    return torch.cat(filled)
 
 
 def _measured_scale(parts: Sequence[Part], operand: Operand, execution: Execution) -> torch.Tensor:
