@@ -8,6 +8,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from gossamer.errors import InvalidOptionError, UnknownOptionError, UnsupportedShapeError
 from gossamer.models.flux import FluxTransformer, from_diffusers
+from gossamer.models.flux.modulation import Conditions
 from gossamer.models.swap import quantize
 
 CONFIGS = {
@@ -126,9 +127,10 @@ def test_modulation_of_several_steps_at_once(make_diffusers, make_inputs):
     ours = from_diffusers(make_diffusers())
     inputs = make_inputs(ours.config, batch=3)
     arguments = (inputs["timestep"], inputs["guidance"], inputs["pooled_projections"])
-    together = ours.modulation(ours.condition(*arguments, torch.float32))
+    together = ours.modulation(ours.condition(Conditions(*arguments, torch.float32)))
     for row in range(3):
-        alone = ours.modulation(ours.condition(*(argument[row : row + 1] for argument in arguments), torch.float32))
+        one = Conditions(*(argument[row : row + 1] for argument in arguments), torch.float32)
+        alone = ours.modulation(ours.condition(one))
         torch.testing.assert_close(alone.double[1].text.mlp_gate[0], together.double[1].text.mlp_gate[row])
         torch.testing.assert_close(alone.single[2].norm.shift[0], together.single[2].norm.shift[row])
         torch.testing.assert_close(alone.out.scale[0], together.out.scale[row])

@@ -5,6 +5,7 @@ Read `blocks` first, then `seam`, then `transformer`.
 
 from gossamer.models.flux.operators import Operators
 from gossamer.models.flux.prepare import Prepared, prepare
+from gossamer.models.flux.prepass import prepass
 from gossamer.models.flux.seam import BlockRunner, BlockState, BlockStep, run_block
 from gossamer.models.flux.takeover import from_diffusers
 from gossamer.models.flux.transformer import FluxTransformer
@@ -18,5 +19,6 @@ __all__ = [
     "Prepared",
     "from_diffusers",
     "prepare",
+    "prepass",
     "run_block",
 ]

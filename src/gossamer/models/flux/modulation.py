@@ -11,6 +11,7 @@ Nothing in a block changes them, so a caller may compute them for all steps of a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -53,6 +54,33 @@ class ModelVectors:
     out: Modulation
 
 
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What a forward is given besides tokens: `timestep` and `guidance` (batch,), `pooled` (batch, pooled features).
+
+    Timesteps run from 0 to 1; `dtype` is the latents', in which they are rounded. `branch` is that of the guidance.
+    """
+
+    timestep: torch.Tensor
+    guidance: torch.Tensor | None
+    pooled: torch.Tensor
+    dtype: torch.dtype
+    branch: str | None = None
+
+
+class Modulator(Protocol):
+    """Where a forward gets its vectors from."""
+
+    def __call__(self, model: Any, given: Conditions, /) -> ModelVectors:
+        """The vectors of every block of `model`."""
+
+
+def modulate(model: Any, given: Conditions) -> ModelVectors:
+    """The plain way: conditioning, then the linears of every block; for one step, or for several as one batch."""
+    vectors: ModelVectors = model.modulation(model.condition(given))
+    return vectors
+
+
 class AdaLN(nn.Module):
     """The linear that makes the vectors; the LayerNorm itself has no weights and is applied elsewhere."""
 
@@ -77,6 +105,22 @@ def single_vectors(norm: AdaLN, activated: torch.Tensor) -> SingleVectors:
     """The vectors of a single block."""
     shift, scale, gate = norm(activated)
     return SingleVectors(Modulation(scale, shift), gate)
+
+
+def rows_of(vectors: ModelVectors, rows: slice) -> ModelVectors:
+    """Some rows of every vector."""
+
+    def cut(by: Modulation) -> Modulation:
+        return Modulation(by.scale[rows], by.shift[rows])
+
+    def stream(by: StreamVectors) -> StreamVectors:
+        return StreamVectors(cut(by.attention), by.attention_gate[rows], cut(by.mlp), by.mlp_gate[rows])
+
+    return ModelVectors(
+        tuple(DoubleVectors(stream(by.text), stream(by.image)) for by in vectors.double),
+        tuple(SingleVectors(cut(by.norm), by.gate[rows]) for by in vectors.single),
+        cut(vectors.out),
+    )
 
 
 def out_vectors(norm: AdaLN, activated: torch.Tensor) -> Modulation:

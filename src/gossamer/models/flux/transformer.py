@@ -28,7 +28,7 @@ from gossamer.errors import InvalidOptionError
 from gossamer.models.flux.blocks import DoubleBlock, SingleBlock
 from gossamer.models.flux.embeddings import Conditioning
 from gossamer.models.flux.lora_scale import lora_scale
-from gossamer.models.flux.modulation import AdaLN, ModelVectors, out_vectors
+from gossamer.models.flux.modulation import AdaLN, Conditions, ModelVectors, Modulator, modulate, out_vectors
 from gossamer.models.flux.operators import Operators
 from gossamer.models.flux.residuals import repeat, spread
 from gossamer.models.flux.rope import rotation
@@ -38,7 +38,7 @@ Residuals = Sequence[torch.Tensor] | None
 
 
 class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """A drop-in for `diffusers.FluxTransformer2DModel`; `runner` (see `seam`) and `operators` may be replaced."""
+    """A drop-in for `diffusers.FluxTransformer2DModel` whose `runner`, `operators` and `modulator` may be replaced."""
 
     _no_split_modules: Any = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012 - declared without ClassVar by diffusers
     _repeated_blocks: Any = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012
@@ -74,6 +74,7 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
         self.proj_out = nn.Linear(width, patch_size**2 * (out_channels or in_channels))
         self.runner: BlockRunner = run_block
         self.operators = Operators()
+        self.modulator: Modulator = modulate
         self._axes = tuple(axes_dims_rope)
         self._branch: str | None = None
 
@@ -100,8 +101,8 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
         (batch, image tokens, width) each. `joint_attention_kwargs` may hold `scale`, the strength of PEFT adapters.
         """
         with lora_scale(self, joint_attention_kwargs or {}):
-            conditioning = self.condition(timestep, guidance, pooled_projections, hidden_states.dtype)
-            vectors = self.modulation(conditioning)
+            given = Conditions(timestep, guidance, pooled_projections, hidden_states.dtype, self._branch)
+            vectors = self.modulator(self, given)
             shared = Shared(rotation(txt_ids, img_ids, self._axes), self.operators)
             state = self._embed(hidden_states, encoder_hidden_states)
             arrange = repeat if controlnet_blocks_repeat else spread
@@ -116,12 +117,11 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
 
     # what is known before the first block -----------------------------------------------------------------------------
 
-    def condition(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The conditioning (batch, width) of one step; `dtype` is the latents', in which timesteps are rounded."""
-        guidance = None if guidance is None else guidance.to(dtype) * 1000
-        conditioning: torch.Tensor = self.time_text_embed(timestep.to(dtype) * 1000, guidance, pooled)
+    def condition(self, given: Conditions) -> torch.Tensor:
+        """The conditioning (batch, width) of one step, or of several as one batch."""
+        guidance = None if given.guidance is None else given.guidance.to(given.dtype) * 1000
+        timestep = given.timestep.to(given.dtype) * 1000
+        conditioning: torch.Tensor = self.time_text_embed(timestep, guidance, given.pooled)
         return conditioning
 
     def modulation(self, conditioning: torch.Tensor) -> ModelVectors:
