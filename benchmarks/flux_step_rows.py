@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from flux_step_cases import OURS, Case, attach_all, detach_all
 from gossamer.bench.metrics import relative_error
 from gossamer.bench.random_flux import Workload, adapter_bytes, random_adapters, reference, step_inputs
 from gossamer.bench.timing import Repeats, allocated_bytes, measure, release_memory
+from gossamer.models.flux.modulation import Conditions, modulate
+from gossamer.models.flux.prepass import Prepass
 
 ERROR_LENGTH = 400
+RUN_STEPS = 28  # of the run whose modulation is computed at once
 
 Row = dict[str, Any]
 
@@ -61,8 +65,21 @@ def rows_of(case: Case, kinds: Sequence[str], bench: Bench) -> Iterator[Row]:
         yield {**labels(case, kind), **measured}
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A run's timesteps, the workload's own first, as the pre-pass reads a scheduler."""
+
+    timesteps: torch.Tensor
+    step_index: int | None = 0
+    begin_index: int | None = 0
+
+
 class Subject:
-    """A built model, and what was allocated with and without it."""
+    """A built model, and what was allocated with and without it.
+
+    Ours computes its modulation once a run, in its first step. A step counts with its share of that, for a run of
+    RUN_STEPS steps; the peers' modulation is in every step of theirs.
+    """
 
     def __init__(self, case: Case, bench: Bench) -> None:
         self.case, self.bench, device = case, bench, bench.work.device
@@ -70,8 +87,25 @@ class Subject:
         release_memory(device)
         self.before = allocated_bytes(device)
         self.model = case.build(bench.work)
+        self.prepass = self._prepass() if case.system == OURS else None
         release_memory(device)
         self.weights = allocated_bytes(device) - self.before
+
+    def _prepass(self) -> Prepass:
+        own = float(self.inputs["timestep"][0]) * 1000
+        timesteps = torch.linspace(own, 1000.0, RUN_STEPS, device=self.bench.work.device)
+        made = self.model.modulator = Prepass(self.model, Schedule(timesteps))
+        return made
+
+    def _prepass_ms(self) -> float:
+        """Milliseconds of the modulation of a whole run."""
+        if self.prepass is None:
+            return 0.0
+        inputs = self.inputs
+        pooled, dtype = inputs["pooled_projections"], inputs["hidden_states"].dtype
+        whole = self.prepass.whole_run(Conditions(inputs["timestep"], inputs["guidance"], pooled, dtype))
+        vectors = partial(modulate, self.model, whole)
+        return measure(lambda: vectors().out.scale, self.bench.work.device, self.bench.repeats, 0).median_ms
 
     @torch.no_grad()
     def measure(self, kind: str) -> Row:
@@ -84,10 +118,13 @@ class Subject:
         attach_all(self.case, self.model, adapters)
         del adapters  # PEFT may hold copies, and a user would hold nothing else
         timing = measure(self._step, work.device, self.bench.repeats, self.before + weights)
+        prepass_ms = self._prepass_ms()
+        share = prepass_ms / RUN_STEPS
         return {
-            "step_ms": timing.median_ms,
-            "step_ms_min": timing.min_ms,
-            "step_ms_max": timing.max_ms,
+            "step_ms": timing.median_ms + share,
+            "step_ms_min": timing.min_ms + share,
+            "step_ms_max": timing.max_ms + share,
+            "prepass_ms": prepass_ms,
             "peak_bytes": timing.peak_bytes,
             "weight_bytes": weights if work.device.type == "cuda" else None,
             "first_call_seconds": timing.first_call_seconds,

@@ -22,6 +22,7 @@ MEASURED = {
     "step_ms",
     "step_ms_min",
     "step_ms_max",
+    "prepass_ms",
     "peak_bytes",
     "weight_bytes",
     "first_call_seconds",

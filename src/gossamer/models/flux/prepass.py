@@ -56,7 +56,7 @@ class Prepass:
         if run is None or not _same(run.made_from, made_from):
             self._runs.pop(given.branch, None)
             batch = given.pooled.shape[0]
-            run = self._runs[given.branch] = Run(made_from, modulate(model, self._whole_run(given)), batch)
+            run = self._runs[given.branch] = Run(made_from, modulate(model, self.whole_run(given)), batch)
         return run.at(self._step())
 
     def _revisions(self) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Prepass:
         done = self._scheduler.step_index
         return done if done is not None else self._scheduler.begin_index or 0
 
-    def _whole_run(self, given: Conditions) -> Conditions:
+    def whole_run(self, given: Conditions) -> Conditions:
         """The conditions of all steps as one batch, timesteps rounded as diffusers' pipelines round them."""
         timesteps, batch = self._scheduler.timesteps, given.pooled.shape[0]
         steps = len(timesteps)
