@@ -96,3 +96,17 @@ def _turing():
     from dataclasses import replace
 
     return replace(detect("cpu"), kind="cuda", name="Turing", compute_capability=(7, 5), cuda_version=(12, 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("storage", "wish"), [("nf4", "fp8"), ("fp8", "fp8"), ("Q4_K", "fp32")])
+def test_it_compiles_as_one_graph(packed, make_inputs, storage, wish):
+    """For people who compile anyway: kernels are opaque operators, and nothing breaks the graph."""
+    model = packed(storage)
+    inputs = {**make_inputs(model.config), "return_dict": False}
+    prepare(model, wish)
+    attach(model, adapter_of(model), "style")
+    expected = model(**inputs)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=1e-5, atol=1e-5)

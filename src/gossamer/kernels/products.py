@@ -24,7 +24,7 @@ from gossamer.kernels.pointwise.product import rescale_product
 
 
 class ScaledProduct(Protocol):
-    """(rows, in) times (out, in), both with row scales: (rows, out), into `out` where that saves a copy."""
+    """(rows, in) times (out, in), both with row scales: (rows, out), into `out` where it is given."""
 
     def __call__(
         self,
@@ -37,7 +37,7 @@ class ScaledProduct(Protocol):
         out: torch.Tensor | None = None,
         /,
     ) -> torch.Tensor:
-        """The result, which is `out` only where the library wrote into it."""
+        """The result, which is `out` where it was given."""
 
 
 # (product in int32, x_scale, weight_scale, bias, out_dtype) -> (rows, out)
@@ -100,7 +100,7 @@ def scaled_matmul_fp8(
         x = F.pad(x.view(torch.uint8), (0, 0, 0, added)).view(x.dtype)  # the byte 0 is the value 0
         x_scale = F.pad(x_scale, (0, added))
     late_bias = bias if out_dtype == torch.float32 else None  # CUDA fuses no bias into a float32 result
-    into = {"out": out} if out is not None and late_bias is None and out.shape[0] == x.shape[0] else {}
+    direct = out is not None and late_bias is None and out.shape[0] == x.shape[0]
     product = torch._scaled_mm(
         x,
         weight.t(),
@@ -109,9 +109,11 @@ def scaled_matmul_fp8(
         bias=None if late_bias is not None else bias,
         out_dtype=out_dtype,
         use_fast_accum=True,  # Hopper then sums in fewer than 32 bits, as torchao's row-scaled fp8 inference does
-        **into,
+        **({"out": out} if direct else {}),
     )
-    return product[:count] if late_bias is None else product[:count].add_(late_bias)
+    if direct:
+        return product
+    return _into(out, product[:count] if late_bias is None else product[:count].add_(late_bias))
 
 
 def scaled_matmul_fp8_tensorwise(
@@ -121,7 +123,7 @@ def scaled_matmul_fp8_tensorwise(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    _out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """e4m3 codes times e4m3 codes without scales, which then follow in place, each step rounded to the type between.
 
@@ -132,7 +134,7 @@ def scaled_matmul_fp8_tensorwise(
     one = torch.ones((), device=x.device)
     product = torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=True)
     product.mul_(x_scale[:, None]).mul_(weight_scale)
-    return (product if bias is None else product.add_(bias)).to(out_dtype)
+    return _into(out, (product if bias is None else product.add_(bias)).to(out_dtype))
 
 
 def matmul_int8(
@@ -142,6 +144,7 @@ def matmul_int8(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
     rescale: Rescale = rescale_product,
 ) -> torch.Tensor:
     """int8 codes times int8 codes, summed exactly in int32, scaled in float32 and rounded once, by `rescale`."""
@@ -149,7 +152,7 @@ def matmul_int8(
     rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, INT8_LEAST_ROWS - rows)) if rows < INT8_LEAST_ROWS else x
     product = torch._int_mm(padded, weight.t())[:rows]
-    return rescale(product, x_scale, weight_scale, bias, out_dtype)
+    return _into(out, rescale(product, x_scale, weight_scale, bias, out_dtype))
 
 
 def scaled_matmul_reference(
@@ -159,11 +162,15 @@ def scaled_matmul_reference(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    _out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the scaled products compute, for codes of any type: everything in float32, rounded once."""
     product = (x.float() @ weight.float().t()) * x_scale[:, None] * weight_scale
-    return (product if bias is None else product + bias).to(out_dtype)
+    return _into(out, (product if bias is None else product + bias).to(out_dtype))
+
+
+def _into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    return result if out is None else out.copy_(result)
 
 
 SCALED_PRODUCTS: dict[str, ScaledProduct] = {

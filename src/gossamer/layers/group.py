@@ -17,7 +17,7 @@ from torch import nn
 from gossamer.formats import Packed
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
-from gossamer.layers.join import join, lie_as
+from gossamer.layers.join import Joined, join
 from gossamer.layers.linear import QuantLinear
 from gossamer.layers.product import GroupProduct
 
@@ -28,7 +28,7 @@ class LinearGroup:
     def __init__(self, *places: tuple[nn.Module, str]) -> None:
         self._places = places
         self._product = GroupProduct()
-        self._joined: Packed | None = None
+        self._joined: Joined | None = None
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -60,7 +60,7 @@ class LinearGroup:
 
     def _lying(self, layers: Sequence[QuantLinear]) -> Packed | None:
         """The joined bytes, as long as the layers still lie in them."""
-        return self._joined if self._joined is not None and lie_as(layers, self._joined) else None
+        return self._joined.packed if self._joined is not None and self._joined.holds(layers) else None
 
 
 def _fused(layers: Sequence[nn.Module]) -> Sequence[QuantLinear] | None:

@@ -6,6 +6,7 @@ Row by row nothing changes: all formats but the doubly quantised ones store rows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,19 @@ from gossamer.formats import Packed, find_format
 from gossamer.layers.linear import QuantLinear
 
 
-def join(layers: Sequence[QuantLinear]) -> Packed | None:
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The common bytes, and the layers that are views of them, each with its count of moves."""
+
+    packed: Packed
+    places: list[tuple[QuantLinear, int]]
+
+    def holds(self, layers: Sequence[QuantLinear]) -> bool:
+        """Whether these are the layers, and none was moved since."""
+        return self.places == _places(layers)
+
+
+def join(layers: Sequence[QuantLinear]) -> Joined | None:
     """Move the stored bytes into common tensors and make every layer a view of them; None where they cannot lie so."""
     if not _joinable(layers):
         return None
@@ -22,19 +35,8 @@ def join(layers: Sequence[QuantLinear]) -> Packed | None:
     rows = [part.shape[0] for part in parts]
     for layer, part, start in zip(layers, parts, _starts(rows), strict=True):
         views = {role: _rows(tensor, sum(rows), start, part.shape[0]) for role, tensor in common.items()}
-        layer.stored.adopt(views)
-    return Packed(parts[0].format, common, (sum(rows), parts[0].shape[1]))
-
-
-def lie_as(layers: Sequence[QuantLinear], joined: Packed) -> bool:
-    """Whether the layers are still the views that `join` made; moving a layer takes it out."""
-    role, common = next(iter(joined.tensors.items()))
-    address, stride = common.data_ptr(), common.numel() * common.element_size() // joined.shape[0]
-    for layer in layers:
-        if layer.stored.tensor(role).data_ptr() != address:
-            return False
-        address += stride * layer.out_features
-    return True
+        layer.adopt(views)
+    return Joined(Packed(parts[0].format, common, (sum(rows), parts[0].shape[1])), _places(layers))
 
 
 def _joinable(layers: Sequence[QuantLinear]) -> bool:
@@ -43,6 +45,10 @@ def _joinable(layers: Sequence[QuantLinear]) -> bool:
     alike = all(layer.packed.format == first.format and layer.packed.shape[1] == first.shape[1] for layer in layers)
     shared = len({id(layer.stored) for layer in layers}) < len(layers)
     return whole_rows and alike and not shared and "absmax_offset" not in first.tensors
+
+
+def _places(layers: Sequence[QuantLinear]) -> list[tuple[QuantLinear, int]]:
+    return [(layer, layer.place) for layer in layers]
 
 
 def _starts(rows: Sequence[int]) -> list[int]:

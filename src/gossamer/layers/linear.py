@@ -10,7 +10,7 @@ with an `execution` the same runs through kernels and libraries, see `product`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -61,6 +61,12 @@ class QuantLinear(nn.Module):
         It exists for code that asks a linear for its weight's type or device, as T5's feed-forward layer does.
         """
         return self.effective_weight()
+
+    def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take these tensors, which hold the same stored bytes elsewhere, in place of the own ones."""
+        self.stored.adopt(tensors)
+        self.revision += 1
+        self.place += 1
 
     # adapters ---------------------------------------------------------------------------------------------------------
 

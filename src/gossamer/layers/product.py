@@ -221,22 +221,20 @@ def _multiply(
 ) -> torch.Tensor:
     """One library product, written straight into `out` where its rows lie side by side."""
     target = _flat(out, execution.activations)
+    codes = rows.values.reshape(-1, operand.width)
     if rows.scale is None:
-        result = matmul(rows.values.reshape(-1, operand.width), weight, operand.bias, target)
+        result = matmul(codes, weight, operand.bias, target)
     else:
-        codes, row_scale = rows.values.reshape(-1, operand.width), rows.scale.reshape(-1)
         assert operand.scale is not None
-        arguments = (codes, row_scale, weight, operand.scale, operand.bias, execution.activations)
+        scaled = (codes, rows.scale.reshape(-1), weight, operand.scale, operand.bias, execution.activations, target)
         if execution.product == "int_mm":
-            result = matmul_int8(*arguments, execution.pointwise.rescale_product)
+            result = matmul_int8(*scaled, execution.pointwise.rescale_product)
         else:
-            result = SCALED_PRODUCTS[execution.product](*arguments, target)
+            result = SCALED_PRODUCTS[execution.product](*scaled)
     shaped = result.view(*rows.values.shape[:-1], operand.rows)
     if out is None:
         return shaped
-    if target is None or result.data_ptr() != target.data_ptr():
-        out.copy_(shaped)
-    return out
+    return out if target is not None else out.copy_(shaped)
 
 
 def _flat(out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
