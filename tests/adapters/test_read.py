@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gossamer.adapters import Adapter, LowRankTerm, read_adapter, write_adapter
 from gossamer.adapters.peft_settings import KEY
+from gossamer.demo.embedded import model_folder
 from gossamer.errors import AdapterError, FileDamagedError, FileMissingError, WrongModelError
 from gossamer.models.flux_spec import FluxSpec
 
@@ -233,6 +234,64 @@ def test_files_that_are_no_adapter(file_of, make_adapter, spec, tmp_path):
     write_adapter(make_adapter(), path)
     path.write_bytes(path.read_bytes()[:-1])
     refused(path, spec, FileDamagedError, "cut off")
+
+
+CHECKPOINT_KEYS = {
+    "transformer": "transformer_blocks.0.attn.to_q.weight",
+    "single": "single_transformer_blocks.0.proj_out.weight",
+    "bfl": "double_blocks.0.img_attn.qkv.weight",
+    "all in one": "model.diffusion_model.double_blocks.0.img_attn.qkv.weight",
+    "vae": "decoder.up_blocks.0.resnets.0.conv1.weight",
+    "bfl vae": "encoder.down.0.block.0.conv1.weight",
+    "old vae": "first_stage_model.decoder.mid.attn_1.k.weight",
+    "clip": "text_model.encoder.layers.0.mlp.fc1.weight",
+    "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+    "old unet": "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        (["transformer"], "a checkpoint of a transformer;"),
+        (["single"], "a checkpoint of a transformer;"),
+        (["bfl"], "a checkpoint of a transformer;"),
+        (["all in one", "old vae"], "a checkpoint of a transformer and a VAE;"),
+        (["vae"], "a checkpoint of a VAE;"),
+        (["bfl vae"], "a checkpoint of a VAE;"),
+        (["clip"], "a checkpoint of a text encoder;"),
+        (["t5"], "a checkpoint of a text encoder;"),
+        (["clip", "t5"], "a checkpoint of a text encoder;"),
+        (["unet"], "a checkpoint of a U-Net;"),
+        (["old unet", "old vae"], "a checkpoint of a U-Net and a VAE;"),
+    ],
+)
+def test_checkpoints_are_not_adapters(file_of, spec, kinds, words):
+    path = file_of({CHECKPOINT_KEYS[kind]: torch.ones(2, 2) for kind in kinds})
+    refused(path, spec, AdapterError, "is not an adapter", words, "named with --model")
+
+
+def test_what_is_neither_adapter_nor_known_checkpoint(file_of, spec):
+    path = file_of({"head.weight": torch.ones(2, 2)})
+    refused(
+        path, spec, AdapterError, "is not an adapter", "None of its 1 keys is a low-rank factor; the first is 'head"
+    )
+
+
+@pytest.mark.parametrize(
+    "ending", ["lora_down.weight", "lokr_w1", "hada_w1_a", "dora_scale", "diff", "oft_blocks", "on_input", "alpha"]
+)
+def test_kinds_of_adapters_that_are_not_read_are_adapters(file_of, spec, ending):
+    path = file_of({f"odd_layer.{ending}": torch.ones(2, 2)})
+    refused(path, spec, AdapterError, "1 of the 1 keys", "cannot be used")
+
+
+def test_the_files_of_the_embedded_model_are_not_adapters(spec):
+    words = {"vae": "a VAE", "transformer": "a transformer", "text_encoder": "a text encoder"}
+    for part, looks in {**words, "text_encoder_2": "a text encoder"}.items():
+        for path in (model_folder() / part).glob("*.safetensors"):
+            refused(path, spec, AdapterError, "is not an adapter", f"a checkpoint of {looks};")
 
 
 def test_an_adapter_made_in_memory_is_checked_too(spec):

@@ -35,7 +35,9 @@ def test_bad_seeds(text):
         ("pencil:-1", "pencil", -1.0),
         (r"C:\styles\ink.safetensors", r"C:\styles\ink.safetensors", 1.0),
         (r"C:\styles\ink.safetensors:0.5", r"C:\styles\ink.safetensors", 0.5),
-        ("a:b", "a:b", 1.0),
+        ("styles:old/ink", "styles:old/ink", 1.0),
+        ("a:b.safetensors", "a:b.safetensors", 1.0),
+        ("a:b.safetensors:2", "a:b.safetensors", 2.0),
     ],
 )
 def test_loras(text, source, scale):
@@ -47,6 +49,32 @@ def test_a_file_whose_name_ends_like_a_scale(tmp_path):
     path.write_bytes(b"")
     assert parse_lora(str(path)) == LoraChoice(str(path))
     assert parse_lora(f"{path}:0.25") == LoraChoice(str(path), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "tail"),
+    [
+        ("pencil:abc", "pencil", "abc"),
+        ("pencil:", "pencil", ""),
+        ("pencil:0,5", "pencil", "0,5"),
+        ("pencil:0.5:x", "pencil:0.5", "x"),
+        ("styles/ink.safetensors:strong", "styles/ink.safetensors", "strong"),
+        (r"C:\styles\ink.safetensors:0.5x", r"C:\styles\ink.safetensors", "0.5x"),
+    ],
+)
+def test_a_scale_that_is_not_a_number(text, name, tail):
+    with pytest.raises(InvalidOptionError, match="is not a number") as caught:
+        parse_lora(text)
+    assert caught.value.what == f"The scale of adapter {name!r} is not a number: {tail!r}."
+
+
+def test_an_existing_file_with_a_colon_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a:b.safetensors", "a:b", "pencil:abc"):
+        (tmp_path / name).write_bytes(b"")
+        assert parse_lora(name) == LoraChoice(name)
+        assert parse_lora(f"{name}:0.25") == LoraChoice(name, 0.25)
+        assert find_lora(LoraChoice(name)).name == name
 
 
 def test_the_short_name_of_a_windows_path():
@@ -86,6 +114,14 @@ def test_texts_are_read_and_values_taken_as_they_are():
     assert (options.steps, options.size, options.guidance) == (7, Size(32, 64), 2)
     assert make(LoadOptions, {"loras": "pencil:0.5"}).loras == (LoraChoice("pencil", 0.5),)
     assert make(RunOptions, {"prompt": "x", "seeds": ["0-2", "1", "9"]}).seeds == (0, 1, 2, 9)
+
+
+def test_a_control_kind_needs_a_control_picture():
+    for kind in ("map", "picture"):
+        with pytest.raises(InvalidOptionError, match="without a control picture"):
+            PaintOptions("x", control_kind=kind)
+        assert PaintOptions("x", control="guide.png", control_kind=kind).control_kind == kind
+    assert PaintOptions("x").control_kind == PaintOptions("x", control="guide.png").control_kind == "auto"
 
 
 def test_a_run_has_one_source_of_prompts():

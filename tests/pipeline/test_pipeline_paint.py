@@ -35,6 +35,11 @@ def diffusers_pipeline():
     return FluxPipeline.from_pretrained(model_folder(), torch_dtype=torch.float32)
 
 
+def line_map(size=64):
+    """White on black, different each time, as an edge map is."""
+    return Image.effect_noise((size, size), 90).point(lambda level: 255 if level > 200 else 0).convert("RGB")
+
+
 @pytest.fixture(scope="module")
 def expected():
     """What diffusers paints from the folder, unchanged, in float32."""
@@ -159,7 +164,7 @@ def test_load_attaches_in_order(bundled):
 
 
 def test_control_needs_a_control_lora_and_the_other_way_round(pipe, bundled):
-    guide = Image.effect_noise((64, 64), 90).convert("RGB")
+    guide = line_map()
     before = stored_bytes(pipe)
     with pytest.raises(InvalidOptionError, match="nothing attached reads one"):
         pipe(PROMPT, control=guide, **QUICK)
@@ -176,6 +181,68 @@ def test_control_needs_a_control_lora_and_the_other_way_round(pipe, bundled):
     assert (first != styled).any()
     assert stored_bytes(pipe) == before
     assert pipe.transformer.config.in_channels == 64
+
+
+def test_the_kind_of_a_control_picture_is_decided_once_and_recorded(pipe, bundled):
+    photo = Image.effect_noise((64, 64), 30).convert("RGB")
+    pipe.attach("edges")
+    try:
+        with pytest.raises(InvalidOptionError, match="is no edge map") as caught:
+            pipe(PROMPT, control=photo, **QUICK)
+        assert "grey or coloured" in caught.value.why
+        assert "control_kind='picture'" in caught.value.next_step
+        guide, painted = line_map(), {}
+        for kind, control in (("auto", guide), ("map", guide), ("picture", guide), ("map", photo), ("picture", photo)):
+            options = PaintOptions(PROMPT, steps=2, size=(64, 64), control=control, control_kind=kind)
+            painting = pipe.paint(options)
+            assert painting.recipe.control.kind == ("map" if kind == "auto" else kind)
+            painted[kind, control is photo] = painting
+        assert painted["auto", False].recipe == painted["map", False].recipe
+        assert painted["auto", False].pixels_sha256 == painted["map", False].pixels_sha256
+        assert painted["map", True].pixels_sha256 != painted["picture", True].pixels_sha256
+    finally:
+        pipe.detach("edges")
+
+
+# overflow
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_picture_with_values_that_are_not_finite_is_refused(pipe, bundled):
+    plain = pixels(pipe(PROMPT, **QUICK))
+    pipe.attach("pencil:1e38")
+    try:
+        with pytest.raises(InvalidOptionError, match="picture of seed 7 holds values that are not finite") as caught:
+            pipe(PROMPT, seed=7, **QUICK)
+        assert "pencil at scale 1e+38" in caught.value.why
+        assert "smaller scales" in caught.value.next_step
+    finally:
+        pipe.detach("pencil")
+    bias = pipe.transformer.proj_out.bias
+    before = bias.detach().clone()
+    try:
+        bias.data[:] = float("nan")
+        with pytest.raises(InvalidOptionError, match="not finite") as caught:
+            pipe(PROMPT, **QUICK)
+        assert "adapters" not in caught.value.next_step
+    finally:
+        bias.data.copy_(before)
+    assert (pixels(pipe(PROMPT, **QUICK)) == plain).all()
+
+
+def test_scales_that_no_product_can_use_are_refused(pipe, bundled):
+    before = stored_bytes(pipe)
+    with pytest.raises(AdapterError, match="cannot act at scale 1e\\+39"):
+        pipe.attach("pencil:1e39")
+    assert pipe.adapters == {}
+    assert stored_bytes(pipe) == before
+    pipe.attach("pencil")
+    try:
+        with pytest.raises(AdapterError, match="cannot act at scale"):
+            pipe.set_scale("pencil", -1e300)
+        assert pipe.adapters == {"pencil": 1.0}
+    finally:
+        pipe.detach("pencil")
 
 
 def test_an_adapter_is_attached_once(pipe, bundled):
@@ -215,10 +282,15 @@ def test_adapters_behind_the_pipeline_s_back(pipe, bundled):
         ({"steps": -3}, "steps"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance": -1.0}, "guidance"),
+        ({"guidance": 1e39}, "from 0 to 1000"),
+        ({"guidance": 10**400}, "from 0 to 1000"),
         ({"size": (100, 64)}, "nearest size is 96x64"),
         ({"size": "64by64"}, "not a size"),
         ({"max_sequence_length": 513}, "max_sequence_length"),
         ({"control_kind": "depth"}, "map, picture"),
+        ({"control_kind": "picture"}, "without a control picture"),
+        ({"control_kind": "map"}, "without a control picture"),
+        ({"control": 7}, "nothing attached reads one"),
     ],
 )
 def test_bad_values_are_refused(pipe, options, words):

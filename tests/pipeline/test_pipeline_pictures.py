@@ -14,6 +14,7 @@ from gossamer.pipeline.outputs import Job, divide, plan_jobs, read_prompts, slug
 from gossamer.pipeline.parse import Size
 from gossamer.pipeline.picture import parameters_text, pixels_sha256, read_picture, save
 from gossamer.pipeline.recipe import AdapterUse, ModelUse, Recipe, from_json, to_json
+from gossamer.pipeline.rerun import prepare_rerun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,7 +147,7 @@ def test_rerun_uses_the_recorded_number_of_threads(file, painting, monkeypatch):
 
 def test_rerun_with_adapter_and_control(pipe, bundled, tmp_path):
     guide = tmp_path / "guide.png"
-    Image.effect_noise((64, 64), 90).save(guide)
+    Image.effect_noise((64, 64), 90).point(lambda level: 255 if level > 200 else 0).save(guide)
     pipe.attach("pencil:0.7")
     pipe.attach(str(bundled["edges"]))
     try:
@@ -159,6 +160,27 @@ def test_rerun_with_adapter_and_control(pipe, bundled, tmp_path):
     Image.new("RGB", (64, 64)).save(guide)
     with pytest.raises(NotReproducibleError, match="control picture"):
         gossamer.rerun(file)
+
+
+def test_rerun_reads_the_control_picture_as_it_was_read(pipe, bundled, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((64, 64), 30).save(photo)
+    pipe.attach(str(bundled["edges"]))
+    try:
+        for kind in ("map", "picture"):
+            image = pipe("a cone", seed=2, steps=2, size=SMALL, control=str(photo), control_kind=kind)
+            result = gossamer.rerun(save(image, tmp_path / f"{kind}.png"))
+            assert result.identical
+            assert result.painting.recipe.control.kind == kind
+    finally:
+        pipe.detach("edges")
+
+
+def test_rerun_says_when_the_model_is_loaded(file):
+    told = []
+    ready = prepare_rerun(file)
+    ready.paint(lambda done, total: told.append(done), lambda: told.append("loaded"))
+    assert told == ["loaded", 1, 2]
 
 
 def test_rerun_notices_another_adapter(pipe, tmp_path, embedded_spec, adapter_files):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from gossamer.adapters import control
@@ -20,6 +21,7 @@ from gossamer.models.flux_spec import FluxSpec
 from gossamer.models.swap import linear_layers
 
 RECORD = "attached_adapters"
+LARGEST_STRENGTH = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,7 @@ def attach(model: nn.Module, adapter: Adapter, name: str, scale: float = 1.0) ->
     layers = linear_layers(model)
     spec = base_spec(model)
     _check(model, layers, spec, adapter, name)
+    _check_scale(adapter, name, scale)
     width = max(layers[INPUT_LAYER].in_features, adapter.input_channels or 0)
     # built on the device first: an allocation that fails leaves the model as it was
     low_ranks = {target: _low_rank(layers[target], adapter, target, name, scale) for target in adapter.terms}
@@ -80,6 +83,7 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """Change an adapter's strength from the next call on. Norm scales that it replaced stay replaced."""
     layers = linear_layers(model)
     record = _find(model, layers, name)
+    _check_scale(record.adapter, name, scale)
     for target, term in record.adapter.terms.items():
         layers[target].set_scale(name, scale * term.multiplier)
     _remember(model, {**attached(model), name: replace(record, scale=scale)})
@@ -146,6 +150,18 @@ def _check_sizes(spec: FluxSpec, adapter: Adapter) -> None:
             "The adapter was read for another model than the one that it is attached to.",
             f"It was read for {describe(adapter.spec)}; this model has {describe(spec)}.",
             "Read the adapter's file again with the sizes of this model.",
+        )
+
+
+def _check_scale(adapter: Adapter, name: str, scale: float) -> None:
+    """Scale times multiplier is a float32 number in every term, as the products need it."""
+    strengths = (scale * term.multiplier for term in adapter.terms.values())
+    unusable = next((strength for strength in strengths if not abs(strength) <= LARGEST_STRENGTH), None)  # NaN too
+    if unusable is not None:
+        raise AdapterError(
+            f"The adapter {name!r} cannot act at scale {scale:g}.",
+            f"Times the factor in its file that is {unusable:g}, which is no finite float32 number.",
+            "Give a scale such as 1.",
         )
 
 

@@ -26,6 +26,27 @@ FAMILIES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("Wan", re.compile(r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn)[._]")),
 )
 
+# any key of any kind of adapter; a file without one is no adapter, whatever its keys remind of
+ADAPTER = re.compile(
+    r"lora|lycoris|lokr_|hada_|glora|dora_scale|ip_adapter|vera_lambda"
+    r"|[._](b?oft|ia3|hra)_|\.(on_input|alpha|magnitude|diff|diff_b)$"
+)
+
+# keys of whole checkpoints, alone or several in one file
+CHECKPOINTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "a transformer",
+        re.compile(
+            r"^(model\.)?(diffusion_model\.|transformer\.)?"
+            r"((single_)?transformer_blocks|(double|single|joint)_blocks|blocks)\.\d"
+        ),
+    ),
+    ("a U-Net", re.compile(r"^(model\.)?(diffusion_model\.|unet\.)?(down_blocks|input_blocks)\.\d")),
+    ("a VAE", re.compile(r"(^|\.)(encoder\.(down|mid)|decoder\.(up|mid))(_block|_blocks)?\.")),
+    ("a text encoder", re.compile(r"(^|\.)(text_model\.(encoder|embeddings)|encoder\.block\.\d+\.layer)\.")),
+    ("a text encoder", re.compile(r"^(model\.)?layers\.\d+\.self_attn\.|(^|\.)transformer\.resblocks\.\d")),
+)
+
 # keys of adapters that belong to FLUX.1 but say something that is not read
 OTHER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("text encoder adapters", re.compile(r"^(lora_te|text_encoder)")),
@@ -58,6 +79,19 @@ def explain_unused(
         f"{' and '.join(kinds) or 'Keys of this kind'} cannot be used, and a file that is used in part would be "
         f"another adapter{_stated(metadata)}. Closest spelling: {found.spelling.name}.",
         "Use a version of the adapter without these keys, or one for the transformer only.",
+    )
+
+
+def not_an_adapter(path: str, keys: list[str]) -> AdapterError | None:
+    """The error for a file without any key of an adapter; None where there is one."""
+    if any(ADAPTER.search(key) for key in keys):
+        return None
+    parts = dict.fromkeys(name for name, pattern in CHECKPOINTS if any(pattern.search(key) for key in keys))
+    looks = f", and they look like a checkpoint of {' and '.join(parts)}" if parts else ""
+    return AdapterError(
+        f"{path!r} is not an adapter.",
+        f"None of its {len(keys)} keys is a low-rank factor{looks}; the first is {keys[0]!r}.",
+        "Give the file of an adapter; a whole model is named with --model.",
     )
 
 

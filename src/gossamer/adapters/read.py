@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gossamer.adapters.adapter import Adapter, LowRankTerm, wrong_size
-from gossamer.adapters.families import explain_unused
+from gossamer.adapters.families import explain_unused, not_an_adapter
 from gossamer.adapters.fused import split_term
 from gossamer.adapters.peft_settings import PeftSettings, read_peft_settings
 from gossamer.adapters.spelling import Recognised, Role, best_recognised
@@ -30,6 +30,9 @@ def read_adapter(path: Path | str, spec: FluxSpec) -> Adapter:
         )
     found = best_recognised(keys, spec)
     if found.unused:
+        foreign = not_an_adapter(str(path), keys)
+        if foreign is not None:
+            raise foreign
         raise explain_unused(str(path), keys, found, header.metadata, spec)
     tensors = read_tensors(path)
     try:

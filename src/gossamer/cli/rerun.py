@@ -46,7 +46,7 @@ def rerun(arguments: argparse.Namespace) -> int:
     for text in ready.notes:
         note(f"warning: {text}")
     with progress_bar(ready.options.steps) as bar:
-        result = ready.paint(bar.on_step)
+        result = ready.paint(bar.on_step, lambda: bar.say("Painting"))
         save(result.painting.image, output)
     _report(result, output, arguments.format)
     return 0 if result.identical else 1

@@ -2,7 +2,8 @@
 
     pencil    pencil:0.8    styles/ink.safetensors    C:\\styles\\ink.safetensors:0.5
 
-What follows the last colon is a scale only if it reads as a number, so a drive letter is never mistaken for one.
+What follows the last colon is a scale, unless the whole text is an existing file, or what follows reads as the rest of
+a path, so that a drive letter is never mistaken for a name.
 """
 
 from __future__ import annotations
@@ -53,8 +54,19 @@ def parse_lora(text: str) -> LoraChoice:
         return LoraChoice(text)
     try:
         return LoraChoice(name, float(tail))
-    except ValueError:
-        return LoraChoice(text)
+    except ValueError as error:
+        if _is_path(tail):
+            return LoraChoice(text)
+        raise InvalidOptionError(
+            f"The scale of adapter {name!r} is not a number: {tail!r}.",
+            f"What follows the colon multiplies the adapter's effect, and there is no file {text!r}.",
+            f"Write it like {name}:0.8, or leave the colon out for 1.",
+        ) from error
+
+
+def _is_path(tail: str) -> bool:
+    """Whether what follows a colon belongs to a path that has the colon in it."""
+    return "/" in tail or "\\" in tail or tail.lower().endswith(".safetensors")
 
 
 def find_lora(choice: LoraChoice) -> Path:

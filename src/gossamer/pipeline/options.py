@@ -6,7 +6,6 @@ The command line, and any other way in, derives from these fields. A text given 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -21,6 +20,8 @@ from gossamer.pipeline.parse import parse_size as _parse_size
 EMBEDDED = "embedded"
 STORED = "stored"
 MOST_STEPS = 1000
+MOST_GUIDANCE = 1000.0
+UNDECIDED = "auto"  # the control kind that looks at the picture first
 SEEDS = 2**63  # seeds run from 0 to this, exclusive
 
 Options = TypeVar("Options")
@@ -142,11 +143,12 @@ class PaintOptions:
         default=None, metadata=_argument("picture that guides the shapes, through a Control LoRA", metavar="IMAGE")
     )
     control_kind: str = field(
-        default="map",
+        default=UNDECIDED,
         metadata=_argument(
-            "'map': IMAGE already is what the Control LoRA expects; 'picture': its edges are extracted first",
+            "'map': IMAGE already is what the Control LoRA expects; 'picture': its edges are extracted first; "
+            "'auto': 'map', but refused where IMAGE is plainly no edge map",
             parse_choice(CONTROL_KINDS),
-            "{map,picture}",
+            "{auto,map,picture}",
         ),
     )
     max_sequence_length: int | None = field(
@@ -161,12 +163,18 @@ class PaintOptions:
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < SEEDS
         _require(whole, "seed", self.seed, "a seed is a whole number from 0 to 2^63 - 1", "Try 0.")
         _require(_whole(self.steps, MOST_STEPS), "steps", self.steps, f"it must be from 1 to {MOST_STEPS}", "Try 20.")
-        real = isinstance(self.guidance, int | float) and math.isfinite(self.guidance) and self.guidance >= 0
-        _require(real, "guidance", self.guidance, "it must be a finite number, 0 or more", "Try 3.5.")
+        real = isinstance(self.guidance, int | float) and 0 <= self.guidance <= MOST_GUIDANCE
+        _require(real, "guidance", self.guidance, f"it must be a number from 0 to {MOST_GUIDANCE:g}", "Try 3.5.")
         length = self.max_sequence_length
         fits = length is None or _whole(length, 512)
         _require(fits, "max_sequence_length", length, "it must be from 1 to 512, as T5's window is", "Leave it out.")
         parse_choice(CONTROL_KINDS)(self.control_kind)
+        if self.control is None and self.control_kind != UNDECIDED:
+            raise InvalidOptionError(
+                f"The control kind {self.control_kind!r} was given without a control picture.",
+                "It says how a control picture is read; without one it would be ignored.",
+                "Give the picture with --control IMAGE (in Python: control=), or leave the control kind out.",
+            )
 
 
 @dataclass(frozen=True)

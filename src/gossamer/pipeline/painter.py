@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from gossamer.adapters.attach import attach, attached, detach, set_scale
-from gossamer.errors import AdapterError
+from gossamer.errors import AdapterError, InvalidOptionError
 from gossamer.models.flux_spec import FluxSpec
 from gossamer.models.swap import QuantizeReport, weight_bytes
 from gossamer.pipeline.components import StorageChoice, pipeline_kinds
@@ -177,26 +178,46 @@ class Pipeline:
         return Painting(image, recipe, seconds, clock.seconds_per_step, pixels_sha256(image))
 
     def _denoise(self, options: PaintOptions, recipe: Recipe, clock: _StepClock) -> Image.Image:
+        from gossamer.models.flux import prepass
+
         kinds = pipeline_kinds()
         kind, extra = kinds.text, {}
-        if options.control is not None:
-            guide = control_map(options.control, options.control_kind, recipe.width, recipe.height)
+        if recipe.control is not None:
+            guide = control_map(options.control, recipe.control.kind, recipe.width, recipe.height)
             kind, extra = kinds.control, {"control_image": guide}
         pipeline = kind(**self._assembly.parts)
         pipeline.set_progress_bar_config(disable=True)
-        result = pipeline(
-            prompt=recipe.prompt,
-            width=recipe.width,
-            height=recipe.height,
-            num_inference_steps=recipe.steps,
-            guidance_scale=recipe.guidance,
-            max_sequence_length=recipe.max_sequence_length,
-            generator=torch.Generator("cpu").manual_seed(recipe.seed),
-            callback_on_step_end=clock.after_step,
-            **extra,
-        )
-        image: Image.Image = result.images[0]
+        with prepass(self.transformer, pipeline.scheduler):
+            result = pipeline(
+                prompt=recipe.prompt,
+                width=recipe.width,
+                height=recipe.height,
+                num_inference_steps=recipe.steps,
+                guidance_scale=recipe.guidance,
+                max_sequence_length=recipe.max_sequence_length,
+                generator=torch.Generator("cpu").manual_seed(recipe.seed),
+                callback_on_step_end=clock.after_step,
+                output_type="np",
+                **extra,
+            )
+        _require_finite(result.images, recipe)
+        image: Image.Image = pipeline.image_processor.numpy_to_pil(result.images)[0]
         return image
+
+
+def _require_finite(pixels: np.ndarray, recipe: Recipe) -> None:
+    """Pixels that are not numbers would become arbitrary bytes: no picture comes of them."""
+    if np.isfinite(pixels).all():
+        return
+    scales = ", ".join(f"{adapter.name} at scale {adapter.scale:g}" for adapter in recipe.adapters)
+    raise InvalidOptionError(
+        f"The picture of seed {recipe.seed} holds values that are not finite.",
+        f"Something overflows in this computation: an adapter ({scales or 'none is attached'}), the guidance "
+        f"({recipe.guidance:g}), the storage format ({recipe.storage}) or the model's own weights.",
+        "Give the adapters smaller scales, such as 1, or leave them out."
+        if scales
+        else "Try guidance 3.5 and the storage format 'stored'.",
+    )
 
 
 class _StepClock:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gossamer.errors import InvalidOptionError
 
-CONTROL_KINDS = ("map", "picture")
+CONTROL_KINDS = ("auto", "map", "picture")
 FORMATS = ("text", "json")
 SIZE_MULTIPLE = 16  # the autoencoder shrinks 8 times, the transformer sees 2 x 2 patches
 LARGEST_SIZE = 8192

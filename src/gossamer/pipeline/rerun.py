@@ -6,7 +6,7 @@ different version of a library, or another device, is only noted, because it may
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from gossamer.errors import NotReproducibleError
 from gossamer.pipeline.load import assemble
 from gossamer.pipeline.loras import LoraChoice
-from gossamer.pipeline.options import LoadOptions, PaintOptions
+from gossamer.pipeline.options import UNDECIDED, LoadOptions, PaintOptions
 from gossamer.pipeline.painter import OnStep, Painting
 from gossamer.pipeline.parse import Size
 from gossamer.pipeline.picture import PictureRecord, pixels_sha256, read_picture
@@ -47,9 +47,11 @@ class ReadyRerun:
     options: PaintOptions
     notes: tuple[str, ...]
 
-    def paint(self, on_step: OnStep | None = None) -> Rerun:
-        """Load the model and paint."""
+    def paint(self, on_step: OnStep | None = None, on_loaded: Callable[[], None] | None = None) -> Rerun:
+        """Load the model and paint; `on_loaded` is called between the two."""
         pipeline = assemble(self.prepared)
+        if on_loaded is not None:
+            on_loaded()
         with _cpu_threads(self.record.machine.threads):
             painting = pipeline.paint(self.options, on_step)
         return Rerun(
@@ -114,7 +116,7 @@ def _paint_options(recipe: Recipe) -> PaintOptions:
         guidance=recipe.guidance,
         size=Size(recipe.width, recipe.height),
         control=recipe.control.source if recipe.control else None,
-        control_kind=recipe.control.kind if recipe.control else "map",
+        control_kind=recipe.control.kind if recipe.control else UNDECIDED,
         max_sequence_length=recipe.max_sequence_length,
     )
 
