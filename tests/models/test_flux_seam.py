@@ -126,9 +126,10 @@ def test_every_function_goes_through_the_operators(ours, make_inputs):
     assert torch.equal(ours(**make_inputs(ours.config)).sample, expected)
     # 2 double blocks of two streams, 3 single blocks, and the norm after the last
     assert calls == {
-        "norm_modulate": 2 * 2 + 3 + 1,
-        "residual_gate_norm_modulate_": 2 * 2,
-        "residual_gate_": 2 * 2 + 3,
+        # residuals wait for the next norm of the same tokens: not from double to single blocks, and not at the end
+        "norm_modulate": 2 + 1 + 1,
+        "residual_gate_norm_modulate_": 2 * 2 + 2 + 2,
+        "residual_gate_": 2 + 1,
         "qk_norm_rope_": 2 + 3,
         "gelu_rows": 2 * 2,
         "gelu_concat": 3,

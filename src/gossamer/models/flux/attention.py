@@ -36,7 +36,7 @@ class SingleAttention(nn.Module):
     def __init__(self, heads: int, head_size: int) -> None:
         super().__init__()
         width = heads * head_size
-        self.head_size = head_size
+        self.width, self.head_size = width, head_size
         self.norm_q = nn.RMSNorm(head_size)
         self.norm_k = nn.RMSNorm(head_size)
         self.to_q = nn.Linear(width, width)

@@ -11,6 +11,8 @@ keys are normed a head at a time and rotated by position before they meet.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -22,7 +24,6 @@ from gossamer.models.flux.modulation import (
     AdaLN,
     DoubleVectors,
     SingleVectors,
-    StreamVectors,
     single_vectors,
     stream_vectors,
 )
@@ -83,32 +84,34 @@ class DoubleBlock(nn.Module):
         attended = self._attention(state, vectors, shared)
         text, image = attended[:, : state.text_tokens], attended[:, state.text_tokens :]
         pointwise, attn = shared.operators.pointwise, self.attn
-        _finish(
-            state.text, attn.text_out(attn.text_out.rows(text, pointwise)), self.ff_context, vectors.text, pointwise
-        )
-        _finish(state.image, attn.out(attn.out.rows(image, pointwise)), self.ff, vectors.image, pointwise)
+        _finish(state, "text", attn.text_out(attn.text_out.rows(text, pointwise)), self.ff_context, vectors, pointwise)
+        _finish(state, "image", attn.out(attn.out.rows(image, pointwise)), self.ff, vectors, pointwise)
 
     def _attention(self, state: BlockState, vectors: DoubleVectors, shared: Shared) -> torch.Tensor:
         """Both streams write into one buffer and attend to each other: (batch, tokens, width)."""
-        tokens, cut, attn, operators = state.tokens, state.text_tokens, self.attn, shared.operators
-        qkv = tokens.new_empty(*tokens.shape[:2], 3 * tokens.shape[2])
-        for x, by, group, out in (
-            (state.text, vectors.text.attention, attn.text_projections, qkv[:, :cut]),
-            (state.image, vectors.image.attention, attn.projections, qkv[:, cut:]),
-        ):
-            group(operators.pointwise.norm_modulate(x, by, group.rows_type(tokens.dtype)), out)
-        text_norm = TextNorm(cut, attn.text_head_norm)
-        operators.pointwise.qk_norm_rope_(qkv, shared.rotation, attn.head_norm, text_norm)
+        cut, attn, operators = state.text_tokens, self.attn, shared.operators
+        qkv, pointwise = state.empty(3 * attn.width), operators.pointwise
+        rows_type = attn.text_projections.rows_type(state.dtype)
+        attn.text_projections(state.normed("text", vectors.text.attention, rows_type, pointwise), qkv[:, :cut])
+        rows_type = attn.projections.rows_type(state.dtype)
+        attn.projections(state.normed("image", vectors.image.attention, rows_type, pointwise), qkv[:, cut:])
+        pointwise.qk_norm_rope_(qkv, shared.rotation, attn.head_norm, TextNorm(cut, attn.text_head_norm))
         return tokens_first(operators.attend(*heads_first(qkv, attn.head_size)))
 
 
 def _finish(
-    x: torch.Tensor, attended: torch.Tensor, mlp: FeedForward, vectors: StreamVectors, pointwise: Pointwise
+    state: BlockState,
+    part: Literal["text", "image"],
+    attended: torch.Tensor,
+    mlp: FeedForward,
+    vectors: DoubleVectors,
+    pointwise: Pointwise,
 ) -> None:
-    """Add the attention's output, then the feed-forward part, to the tokens of one stream, in place."""
-    rows_type = mlp.up.rows_type(x.dtype)
-    rows = pointwise.residual_gate_norm_modulate_(x, vectors.attention_gate, attended, vectors.mlp, rows_type)
-    pointwise.residual_gate_(x, vectors.mlp_gate, mlp(rows, pointwise))
+    """Add the attention's output, then the feed-forward part, to one stream."""
+    by = vectors.text if part == "text" else vectors.image
+    state.add(part, by.attention_gate, attended, pointwise)
+    normed = state.normed(part, by.mlp, mlp.up.rows_type(state.dtype), pointwise)
+    state.add(part, by.mlp_gate, mlp(normed, pointwise), pointwise)
 
 
 class SingleBlock(nn.Module):
@@ -135,11 +138,11 @@ class SingleBlock(nn.Module):
 
     def forward(self, state: BlockState, vectors: SingleVectors, shared: Shared) -> None:
         """Change the state's tokens in place."""
-        tokens, width, operators = state.tokens, self.width, shared.operators
-        x = operators.pointwise.norm_modulate(tokens, vectors.norm, self.first.rows_type(tokens.dtype))
-        buffer = self.first(x, tokens.new_empty(*tokens.shape[:2], (3 + MLP_RATIO) * width))
+        width, operators, pointwise = self.width, shared.operators, shared.operators.pointwise
+        x = state.normed("all", vectors.norm, self.first.rows_type(state.dtype), pointwise)
+        buffer = self.first(x, state.empty((3 + MLP_RATIO) * width))
         qkv, mlp = buffer[..., : 3 * width], buffer[..., 3 * width :]
-        operators.pointwise.qk_norm_rope_(qkv, shared.rotation, self.attn.head_norm, None)
+        pointwise.qk_norm_rope_(qkv, shared.rotation, self.attn.head_norm, None)
         attended = tokens_first(operators.attend(*heads_first(qkv, self.attn.head_size)))
-        rows = operators.pointwise.gelu_concat(attended, mlp, self.last.rows_type(tokens.dtype))
-        operators.pointwise.residual_gate_(tokens, vectors.gate, self.last(rows))
+        rows = pointwise.gelu_concat(attended, mlp, self.last.rows_type(state.dtype))
+        state.add("all", vectors.gate, self.last(rows), pointwise)

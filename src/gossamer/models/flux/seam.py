@@ -20,22 +20,46 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from gossamer.kernels.pointwise import Rotation
+from gossamer.kernels.pointwise import Modulation, Rotation, Rows
+from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.models.flux.modulation import DoubleVectors, SingleVectors
 from gossamer.models.flux.operators import Operators
 
+Part = Literal["all", "text", "image"]
+
 
 @dataclass(frozen=True, eq=False)
+class Residual:
+    """gate * y, still to be added to a part of the tokens."""
+
+    gate: torch.Tensor
+    y: torch.Tensor
+    pointwise: Pointwise
+
+
 class BlockState:
     """The tokens (batch, tokens, width) on their way through the blocks, text first; every block changes them in place.
 
     `branch` names the part of the guidance that this forward computes, as diffusers' pipelines announce it: "cond",
     "uncond", or None outside of a pipeline. Anything kept from one step to the next has to be kept per branch.
+
+    A block's last residual may wait for the next block's norm, which adds it in the same pass. Whoever looks at the
+    tokens sees it added: `tokens`, `text` and `image` add what waits.
     """
 
-    tokens: torch.Tensor
-    text_tokens: int
-    branch: str | None = None
+    def __init__(self, tokens: torch.Tensor, text_tokens: int, branch: str | None = None) -> None:
+        self.text_tokens = text_tokens
+        self.branch = branch
+        self._tokens = tokens
+        self._waiting: dict[Part, Residual] = {}
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """All tokens."""
+        for part, residual in self._waiting.items():
+            residual.pointwise.residual_gate_(self._part(part), residual.gate, residual.y)
+        self._waiting.clear()
+        return self._tokens
 
     @property
     def text(self) -> torch.Tensor:
@@ -46,6 +70,36 @@ class BlockState:
     def image(self) -> torch.Tensor:
         """A view of the image tokens."""
         return self.tokens[:, self.text_tokens :]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the tokens."""
+        return self._tokens.dtype
+
+    def empty(self, width: int) -> torch.Tensor:
+        """An unwritten buffer (batch, tokens, width)."""
+        return self._tokens.new_empty(*self._tokens.shape[:2], width)
+
+    def normed(self, part: Part, by: Modulation, rows_type: torch.dtype, pointwise: Pointwise) -> Rows:
+        """Norm and modulation of a part, after the residual that waits for it."""
+        waiting = self._waiting.pop(part, None)
+        if waiting is None or part == "all" or "all" in self._waiting:
+            _ = self.tokens  # what waits for other parts comes first where they overlap
+        x = self._part(part)
+        if waiting is None:
+            return pointwise.norm_modulate(x, by, rows_type)
+        return pointwise.residual_gate_norm_modulate_(x, waiting.gate, waiting.y, by, rows_type)
+
+    def add(self, part: Part, gate: torch.Tensor, y: torch.Tensor, pointwise: Pointwise) -> None:
+        """Add gate * y to a part, now or with the next norm of it."""
+        if self._waiting.keys() & ({part, "all"} if part != "all" else self._waiting.keys()):
+            _ = self.tokens
+        self._waiting[part] = Residual(gate, y, pointwise)
+
+    def _part(self, part: Part) -> torch.Tensor:
+        if part == "all":
+            return self._tokens
+        return self._tokens[:, : self.text_tokens] if part == "text" else self._tokens[:, self.text_tokens :]
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,7 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
                 *spread(controlnet_single_block_samples, len(self.single_transformer_blocks)),
             ]
             run_blocks(self._steps(vectors, shared, residuals), state, self.runner)
-            rows = self.operators.pointwise.norm_modulate(state.image, vectors.out, state.tokens.dtype)
+            rows = self.operators.pointwise.norm_modulate(state.image, vectors.out, state.dtype)
             sample: torch.Tensor = self.proj_out(rows.values)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
