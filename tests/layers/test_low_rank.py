@@ -27,7 +27,7 @@ def test_the_term_is_added_in_float32_whatever_the_factors_are(dtype):
     down, up = torch.randn(4, 10).to(dtype), torch.randn(6, 4).to(dtype)
     weight = torch.randn(6, 10)
     expected = weight.double() + 0.3 * up.double() @ down.double()
-    LowRank("a", down, up, 0.3).add_to_weight(weight)
+    LowRank("a", down, up, 0.3).add_to_weight(weight, weight)
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.double(), expected, atol=1e-5, rtol=1e-5)
 

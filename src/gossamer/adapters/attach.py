@@ -57,7 +57,7 @@ def attach(model: nn.Module, adapter: Adapter, name: str, scale: float = 1.0) ->
     # built on the device first: an allocation that fails leaves the model as it was
     low_ranks = {target: _low_rank(layers[target], adapter, target, name, scale) for target in adapter.terms}
     if INPUT_LAYER in low_ranks:
-        low_ranks[INPUT_LAYER] = control.padded(low_ranks[INPUT_LAYER], width)
+        low_ranks[INPUT_LAYER] = low_ranks[INPUT_LAYER].widened(width)
     control.set_input_width(model, layers[INPUT_LAYER], width)
     for target, low_rank in low_ranks.items():
         layers[target].add(low_rank)

@@ -8,31 +8,23 @@ either width fit: a narrower `down` gets zero columns too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from gossamer.layers import LowRank, QuantLinear
+from gossamer.layers import QuantLinear
 
 
 def set_input_width(model: nn.Module, layer: QuantLinear, width: int) -> None:
     """Make the input layer read `width` channels, its attached terms included, and let the model's config say so."""
     if width == layer.in_features:
         return
-    low_ranks = [layer.remove(name) for name in layer.names()]
+    terms = [layer.remove(name) for name in layer.names()]
     layer.widen(width)
-    for low_rank in low_ranks:
-        layer.add(padded(low_rank, width))
+    for term in terms:
+        layer.add(term.widened(width))
     cast(Any, model).register_to_config(in_channels=width)
-
-
-def padded(low_rank: LowRank, in_features: int) -> LowRank:
-    """The same term for a layer of another width: zero columns are added to `down`, or taken away again."""
-    extra = in_features - low_rank.in_features
-    return replace(low_rank, down=F.pad(low_rank.down, (0, extra))) if extra else low_rank
 
 
 def replace_norms(model: nn.Module, replacements: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:

@@ -1,9 +1,23 @@
-"""The one linear layer, its stored weight, its low-rank terms, and groups of layers that run as one."""
+"""The one linear layer, its stored weight, what adapters add to it, and groups of layers that run as one."""
 
+from gossamer.layers.dense_terms import Decomposed, Difference, Hadamard, Kronecker
 from gossamer.layers.execution import Execution, Workspace
 from gossamer.layers.group import LinearGroup
 from gossamer.layers.linear import QuantLinear
 from gossamer.layers.low_rank import LowRank
 from gossamer.layers.stored import StoredWeight
+from gossamer.layers.term import Term
 
-__all__ = ["Execution", "LinearGroup", "LowRank", "QuantLinear", "StoredWeight", "Workspace"]
+__all__ = [
+    "Decomposed",
+    "Difference",
+    "Execution",
+    "Hadamard",
+    "Kronecker",
+    "LinearGroup",
+    "LowRank",
+    "QuantLinear",
+    "StoredWeight",
+    "Term",
+    "Workspace",
+]

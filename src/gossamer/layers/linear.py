@@ -20,9 +20,9 @@ from gossamer.errors import AdapterError
 from gossamer.formats import Packed
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.layers.execution import Execution
-from gossamer.layers.low_rank import LowRank
 from gossamer.layers.product import GroupProduct
 from gossamer.layers.stored import StoredWeight
+from gossamer.layers.term import Term
 
 
 class QuantLinear(nn.Module):
@@ -46,7 +46,7 @@ class QuantLinear(nn.Module):
         self.execution: Execution | None = None
         self.revision = 0  # of anything that a product depends on
         self.place = 0  # of where the stored bytes are
-        self._adapters: dict[str, LowRank] = {}
+        self._adapters: dict[str, Term] = {}
         self._product = GroupProduct()
 
     @property
@@ -74,42 +74,42 @@ class QuantLinear(nn.Module):
         """Names of the attached adapters, in order of attachment."""
         return tuple(self._adapters)
 
-    def adapters(self) -> Iterator[LowRank]:
+    def adapters(self) -> Iterator[Term]:
         """The attached low-rank terms, in order of attachment."""
         return iter(self._adapters.values())
 
-    def add(self, low_rank: LowRank) -> None:
+    def add(self, term: Term) -> None:
         """Attach a low-rank term under its own name."""
-        if low_rank.name in self._adapters:
+        if term.name in self._adapters:
             raise AdapterError(
-                f"An adapter called {low_rank.name!r} is already attached to this layer.",
+                f"An adapter called {term.name!r} is already attached to this layer.",
                 "Names tell adapters apart; adding the same one twice would double its effect unnoticed.",
                 "Remove it first, or attach this one under another name.",
             )
-        if (low_rank.out_features, low_rank.in_features) != (self.out_features, self.in_features):
+        if (term.out_features, term.in_features) != (self.out_features, self.in_features):
             raise AdapterError(
-                f"Adapter {low_rank.name!r} does not fit this layer.",
-                f"It maps {low_rank.in_features} to {low_rank.out_features} features, "
+                f"Adapter {term.name!r} does not fit this layer.",
+                f"It maps {term.in_features} to {term.out_features} features, "
                 f"the layer maps {self.in_features} to {self.out_features}.",
                 "Check that the adapter was made for this model; a Control LoRA needs its input layer widened first.",
             )
-        low_rank.move(self.packed.device)
-        self._adapters[low_rank.name] = low_rank
+        term.move(self.packed.device)
+        self._adapters[term.name] = term
         self.revision += 1
 
-    def remove(self, name: str) -> LowRank:
+    def remove(self, name: str) -> Term:
         """Detach an adapter and hand it back."""
-        low_rank = self._adapter(name)
+        term = self._adapter(name)
         del self._adapters[name]
         self.revision += 1
-        return low_rank
+        return term
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change an adapter's strength from the next call on."""
         self._adapter(name).scale = scale
         self.revision += 1
 
-    def _adapter(self, name: str) -> LowRank:
+    def _adapter(self, name: str) -> Term:
         if name not in self._adapters:
             raise AdapterError(
                 f"No adapter called {name!r} is attached to this layer.",
@@ -137,7 +137,7 @@ class QuantLinear(nn.Module):
         self.widen(self.stored.shape[1])
 
     def _require_no_adapter_of_other_width(self, in_features: int) -> None:
-        other = [low_rank.name for low_rank in self.adapters() if low_rank.in_features != in_features]
+        other = [term.name for term in self.adapters() if term.in_features != in_features]
         if other:
             raise AdapterError(
                 f"The layer cannot take inputs of {in_features} features while {', '.join(other)} is attached.",
@@ -147,9 +147,9 @@ class QuantLinear(nn.Module):
 
     # the product ------------------------------------------------------------------------------------------------------
 
-    def active(self) -> list[LowRank]:
+    def active(self) -> list[Term]:
         """The terms whose scale is not 0."""
-        return [low_rank for low_rank in self._adapters.values() if low_rank.scale != 0]
+        return [term for term in self._adapters.values() if term.scale != 0]
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The decoded base (out, in_features), padded where the layer was widened; do not write into it."""
@@ -157,20 +157,23 @@ class QuantLinear(nn.Module):
         extra = self.in_features - weight.shape[1]
         return F.pad(weight, (0, extra)) if extra else weight
 
-    def effective_weight(self) -> torch.Tensor:
-        """W_eff (out, in_features) in the compute type: base and low-rank terms summed in float32, rounded once."""
-        active = self.active()
+    def merged_weight(self) -> torch.Tensor:
+        """W_eff (out, in_features) in float32: base and active terms; do not write into it."""
+        base, active = self.base_weight(torch.float32), self.active()
         if not active:
-            return self.base_weight(self.compute)
-        weight = self.base_weight(torch.float32)
-        weight = weight.clone() if self.stored.shares_memory(weight) else weight
-        for low_rank in active:
-            low_rank.add_to_weight(weight)
-        return weight.to(self.compute)
+            return base
+        weight = base.clone()
+        for term in active:
+            term.add_to_weight(weight, base)
+        return weight
+
+    def effective_weight(self) -> torch.Tensor:
+        """W_eff (out, in_features) in the compute type: base and terms summed in float32, rounded once."""
+        return self.merged_weight().to(self.compute) if self.active() else self.base_weight(self.compute)
 
     def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
         """b_eff (out,) in the compute type or in `dtype`; None where neither layer nor active adapter has one."""
-        terms = [low_rank.scaled_bias() for low_rank in self.active() if low_rank.bias is not None]
+        terms = [term.scaled_bias() for term in self.active() if term.bias is not None]
         terms = terms if self.bias is None else [self.bias.float(), *terms]
         return sum(terms[1:], start=terms[0]).to(dtype or self.compute) if terms else None
 
@@ -193,8 +196,8 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)
         device = self.packed.device
         self.compute = fn(torch.empty(0, dtype=self.compute, device=device)).dtype
-        for low_rank in self.adapters():
-            low_rank.move(device)
+        for term in self.adapters():
+            term.move(device)
         self.revision += 1
         self.place += 1
         return self

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn import functional as F
 
-from gossamer.errors import AdapterError
+from gossamer.layers.term import Term
 
 
 @dataclass(eq=False)
-class LowRank:
-    """An adapter's share of one layer.
-
-    `down` is (rank, in), `up` is (out, rank), `bias` is (out,) or None. `scale` multiplies all of it and may change
-    between any two calls; 0 switches the term off.
-    """
+class LowRank(Term):
+    """delta = up @ down: `down` is (rank, in), `up` is (out, rank)."""
 
     name: str
     down: torch.Tensor
@@ -25,51 +22,33 @@ class LowRank:
     _row_bound: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1]:
-            raise AdapterError(
-                f"Adapter {self.name!r} has factors that do not multiply.",
-                f"down is {tuple(self.down.shape)} and up is {tuple(self.up.shape)}; "
-                "they have to be (rank, in) and (out, rank) with one rank.",
-                "Check that both factors come from the same layer of the same file.",
-            )
-        if self.bias is not None and self.bias.shape != (self.out_features,):
-            raise AdapterError(
-                f"Adapter {self.name!r} has a bias that does not fit its factors.",
-                f"The bias is {tuple(self.bias.shape)}; up has {self.out_features} rows.",
-                "Check that the bias comes from the same layer as the factors.",
-            )
+        sound = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]
+        self._require(
+            sound,
+            f"down is {tuple(self.down.shape)} and up is {tuple(self.up.shape)}; "
+            "they have to be (rank, in) and (out, rank) with one rank.",
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.up.shape[0], self.down.shape[1]
 
     @property
     def rank(self) -> int:
         """Rows of down, columns of up."""
         return self.down.shape[0]
 
-    @property
-    def in_features(self) -> int:
-        """Columns of down."""
-        return self.down.shape[1]
+    def widened(self, in_features: int) -> LowRank:
+        """Zero columns behind `down`, or fewer of them."""
+        return replace(self, down=F.pad(self.down, (0, in_features - self.in_features)))
 
-    @property
-    def out_features(self) -> int:
-        """Rows of up."""
-        return self.up.shape[0]
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """up @ down in float32."""
+        return self.up.float() @ self.down.float()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors and the bias."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that make up this term."""
-        return (self.down, self.up) if self.bias is None else (self.down, self.up, self.bias)
-
-    def move(self, device: torch.device | str) -> None:
-        """Put the tensors on a device, their types unchanged."""
-        self.down, self.up = self.down.to(device), self.up.to(device)
-        self.bias = None if self.bias is None else self.bias.to(device)
-
-    def add_to_weight(self, weight: torch.Tensor) -> None:
-        """Add scale * up @ down to a float32 weight (out, in), in place."""
+    def add_to_weight(self, weight: torch.Tensor, base: torch.Tensor) -> None:
+        """Add scale * up @ down to a float32 weight (out, in), in place and without a matrix in between."""
         weight.addmm_(self.up.float(), self.down.float(), alpha=self.scale)
 
     def row_bound(self) -> torch.Tensor:
@@ -77,9 +56,3 @@ class LowRank:
         if self._row_bound is None or self._row_bound.device != self.up.device:
             self._row_bound = self.up.float().norm(dim=1) * self.down.float().norm(dim=0).max()
         return self._row_bound
-
-    def scaled_bias(self) -> torch.Tensor:
-        """scale * bias in float32 (out,); zeros where the adapter brings no bias."""
-        if self.bias is None:
-            return torch.zeros(self.out_features, dtype=torch.float32, device=self.up.device)
-        return self.scale * self.bias.float()

@@ -14,7 +14,7 @@ import torch
 
 from gossamer.formats import Packed
 from gossamer.kernels.decode_ops import Backend, decode_into, measure_row_scale_into
-from gossamer.kernels.decode_reference import LARGEST_CODE
+from gossamer.kernels.decode_reference import LARGEST_CODE, round_to, row_scales
 from gossamer.kernels.low_rank import StackedTerms, set_scales, stack_terms
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_int8
@@ -91,6 +91,8 @@ class GroupProduct:
 
     def _make(self, layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
         execution = execution_of(layers[0])
+        if any(not isinstance(term, LowRank) for layer in layers for term in layer.active()):
+            return _merged(layers, execution)
         parts = self._parts(layers, joined)
         bias = _bias(layers, execution.activations)
         operand = Operand(parts, None, None, bias, parts[-1].stop, layers[0].in_features)
@@ -110,7 +112,7 @@ class GroupProduct:
         """One part a layer; one in all where the bytes lie side by side and no adapter tells the layers apart."""
         before, self._stacked = self._stacked, {}
         for layer in layers:
-            if active := tuple(layer.active()):
+            if active := _low_rank(layer):
                 self._stacked[layer] = _stack(active, before.get(layer))
         if joined is not None and not self._stacked:
             return (Part(joined, None, 0, joined.shape[0]),)
@@ -138,7 +140,7 @@ class GroupProduct:
         scale, stop = scale.clone(), 0
         for layer in layers:
             start, stop = stop, stop + layer.out_features
-            for each in layer.active():
+            for each in _low_rank(layer):
                 scale[start:stop].add_(each.row_bound(), alpha=abs(each.scale) * unit)
         return scale
 
@@ -158,6 +160,10 @@ def execution_of(layer: QuantLinear) -> Execution:
     return layer.execution
 
 
+def _low_rank(layer: QuantLinear) -> tuple[LowRank, ...]:
+    return tuple(term for term in layer.active() if isinstance(term, LowRank))
+
+
 def _stack(active: tuple[LowRank, ...], before: Stacked | None) -> Stacked:
     """The terms side by side; where only scales changed, in the tensors that are there."""
     if before is not None and before.active == active:  # a LowRank equals itself only
@@ -167,6 +173,21 @@ def _stack(active: tuple[LowRank, ...], before: Stacked | None) -> Stacked:
 
 
 # the weight -----------------------------------------------------------------------------------------------------------
+
+
+def _merged(layers: Sequence[QuantLinear], execution: Execution) -> Operand:
+    """A merged copy, kept until an adapter changes: for terms that no kernel adds while it decodes."""
+    rows, width, device = sum(layer.out_features for layer in layers), layers[0].in_features, layers[0].packed.device
+    kept = torch.empty(rows, width, dtype=execution.operand, device=device)
+    scale = torch.empty(rows, dtype=torch.float32, device=device) if execution.rows_have_scales else None
+    stop = 0
+    for layer in layers:
+        start, stop = stop, stop + layer.out_features
+        weight, own = layer.merged_weight(), None
+        if scale is not None:
+            own = scale[start:stop].copy_(row_scales(weight, execution.operand))
+        kept[start:stop] = round_to(weight, execution.operand, own)
+    return Operand((), kept, scale, _bias(layers, execution.activations), rows, width)
 
 
 def _is_operand(operand: Operand) -> bool:

@@ -1,0 +1,89 @@
+"""What an adapter adds to one linear layer.
+
+    W_eff = base + sum_i scale_i * delta_i,   b_eff = bias + sum_i scale_i * bias_i
+
+`low_rank` is the kind that kernels add while they decode. The other kinds, in `dense_terms`, are as exact, but need a
+merged copy of the weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+
+import torch
+
+from gossamer.errors import AdapterError
+
+
+class Term(ABC):
+    """An adapter's share of one layer; kinds are dataclasses of their tensors, a name, a scale and a bias.
+
+    `scale` multiplies all of it and may change between any two calls; 0 is off. `bias` is (out,) or None.
+    """
+
+    name: str
+    scale: float
+    bias: torch.Tensor | None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that this is added to."""
+
+    @abstractmethod
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """What scale 1 adds to the float32 base weight (out, in); do not write into either."""
+
+    @abstractmethod
+    def widened(self, in_features: int) -> Term:
+        """The same for a layer of another width: zero columns at the end are added, or taken away again."""
+
+    def add_to_weight(self, weight: torch.Tensor, base: torch.Tensor) -> None:
+        """Add scale * delta to a float32 weight (out, in), in place."""
+        weight.add_(self.delta(base), alpha=self.scale)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that makes up this term."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that make up this term."""
+        return tuple(value for value in self._values().values() if isinstance(value, torch.Tensor))
+
+    def move(self, device: torch.device | str) -> None:
+        """Put the tensors on a device, their types unchanged."""
+        for name, value in self._values().items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+
+    def scaled_bias(self) -> torch.Tensor:
+        """scale * bias in float32 (out,); zeros where the adapter brings no bias."""
+        if self.bias is None:
+            return torch.zeros(self.out_features, dtype=torch.float32, device=self.tensors()[0].device)
+        return self.scale * self.bias.float()
+
+    def _values(self) -> dict[str, object]:
+        return {known.name: getattr(self, known.name) for known in fields(self) if known.init}  # type: ignore[arg-type]
+
+    def _require(self, sound: bool, why: str) -> None:
+        """Refuse parts that do not belong together."""
+        if sound and self.bias is not None and self.bias.shape != (self.out_features,):
+            sound, why = False, f"The bias is {tuple(self.bias.shape)}; the weight has {self.out_features} rows."
+        if not sound:
+            raise AdapterError(
+                f"Adapter {self.name!r} has parts that do not fit together.",
+                why,
+                "Check that all of them come from the same layer of the same file.",
+            )
