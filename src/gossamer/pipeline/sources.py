@@ -1,11 +1,22 @@
-"""Where a model comes from: the embedded one, a diffusers folder, or a repository on the Hugging Face hub."""
+"""Where a model comes from: the embedded one, a diffusers folder, or a repository on the Hugging Face hub.
+
+What was downloaded lies in the cache that all programs of the hub share, one folder a repository:
+
+blobs/DIGEST              the bytes; named by SHA-256, small files by git's SHA-1 of them
+snapshots/COMMIT/PATH     links to the blobs, under the names that the files have in the repository
+refs/REVISION             the commit that a branch or tag was at
+gossamer/COMMIT.json      ours: what `gossamer pull` fetched, or was about to: {"files": [{"name", "size", "digest"}]}
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from gossamer.demo.embedded import model_folder
 from gossamer.errors import FileMissingError, GossamerError, WrongModelError
@@ -13,6 +24,9 @@ from gossamer.pipeline.folder import COMPONENTS, SETTINGS_FILE
 from gossamer.pipeline.options import EMBEDDED
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # SHA-256, or git's SHA-1
+MAIN = "main"  # the branch that is meant where none is named
 
 
 @dataclass(frozen=True)
@@ -42,15 +56,20 @@ class HubRepository:
     name: str
 
     def fetch(self) -> Path:
-        """The folder of its newest version, downloaded where the local cache lacks it; never a pickled file."""
+        """The folder that `gossamer pull` made, without asking the hub; else that of its newest version, downloaded
+        where the local cache lacks it. Never a pickled file."""
+        from httpx import HTTPError
         from huggingface_hub import snapshot_download
 
+        pulled = HubCache.of(self.name).pulled()
+        if pulled is not None:
+            return pulled
         patterns = [f"{component}/*{ending}" for component in COMPONENTS for ending in (".json", ".txt", ".model")]
         patterns += [f"{component}/*.safetensors" for component in COMPONENTS]
         try:
             return Path(snapshot_download(self.name, allow_patterns=["model_index.json", SETTINGS_FILE, *patterns]))
-        except (OSError, ValueError) as error:
-            raise _hub_error(self.name, error) from error
+        except (OSError, ValueError, HTTPError) as error:
+            raise hub_error(self.name, error) from error
 
 
 Source = Embedded | LocalFolder | HubRepository
@@ -78,7 +97,111 @@ def find_source(model: str) -> Source:
     )
 
 
-def _hub_error(name: str, error: OSError | ValueError) -> GossamerError:
+# the cache
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository; `digest` is its SHA-256, or git's SHA-1 where the hub has no other."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class HubCache:
+    """The cache folder of one repository."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, repository: str) -> HubCache:
+        """That of owner/name."""
+        from huggingface_hub import constants
+
+        return cls(Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}")
+
+    def commit(self, revision: str) -> str | None:
+        """The commit of a branch or tag when it was last fetched; a commit is its own."""
+        if COMMIT.fullmatch(revision):
+            return revision
+        try:
+            commit = (self.path / "refs" / revision).read_text("utf-8").strip()
+        except (OSError, ValueError):
+            return None
+        return commit if COMMIT.fullmatch(commit) else None
+
+    def set_commit(self, revision: str, commit: str) -> None:
+        """Remember the commit of a branch or tag."""
+        if revision != commit:
+            _write_whole(self.path / "refs" / revision, commit)
+
+    def snapshot(self, commit: str) -> Path:
+        """The folder in which the files have their names."""
+        return self.path / "snapshots" / commit
+
+    def blob(self, file: HubFile) -> Path:
+        """Where the bytes of a file are."""
+        return self.path / "blobs" / file.digest
+
+    def find(self, commit: str, file: HubFile) -> Path | None:
+        """The file, if it is there with its size."""
+        for path in (self.snapshot(commit) / file.name, self.blob(file)):
+            if path.is_file() and path.stat().st_size == file.size:
+                return path
+        return None
+
+    def link(self, commit: str, file: HubFile) -> None:
+        """Give the bytes of a file their name."""
+        path, blob = self.snapshot(commit) / file.name, self.blob(file)
+        if not blob.is_file() or path.resolve() == blob.resolve():
+            return  # where a system has no links, the bytes lie under the name itself, and there is no blob
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        try:
+            path.symlink_to(os.path.relpath(blob, path.parent))
+        except OSError:
+            os.replace(blob, path)
+
+    def files(self, commit: str) -> tuple[HubFile, ...] | None:
+        """What `gossamer pull` fetched of a commit, or was about to."""
+        try:
+            entries = json.loads(self._record(commit).read_text("utf-8"))["files"]
+            return tuple(HubFile(**entry) for entry in entries)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def set_files(self, commit: str, files: Sequence[HubFile]) -> None:
+        """Remember what is going to be fetched of a commit."""
+        _write_whole(self._record(commit), json.dumps({"files": [asdict(file) for file in files]}, indent=1))
+
+    def pulled(self) -> Path | None:
+        """The folder of the commit that was pulled last, if every file is there."""
+        commit = self.commit(MAIN)
+        files = self.files(commit) if commit is not None else None
+        if commit is None or files is None:
+            return None
+        snapshot = self.snapshot(commit)
+        return snapshot if all((snapshot / file.name).is_file() for file in files) else None
+
+    def _record(self, commit: str) -> Path:
+        return self.path / "gossamer" / f"{commit}.json"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a small file so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}.new")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+# errors
+
+
+def hub_error(name: str, error: Exception) -> GossamerError:
+    """What the hub or its client said, in three parts."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
