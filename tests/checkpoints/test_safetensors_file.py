@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_a_sound_file(tmp_path):
         (container({"a": {**F32, "shape": [-2]}}), "no valid shape"),
         (container({"a": {**F32, "shape": [2.0]}}), "no valid shape"),
         (container({"a": {**F32, "shape": [True, 2]}}), "no valid shape"),
-        (container({"a": {**F32, "shape": [2**62, 4, 2]}}), "does not fill"),
+        (container({"a": {**F32, "shape": [2**62, 4, 2]}}), "more elements than any file holds"),
         (container({"a": {**F32, "shape": [2**64]}}), "no valid shape"),
         (container({"a": {**F32, "shape": [3]}}), "does not fill"),
         (container({"a": {**F32, "data_offsets": [8, 0]}}), "no valid data_offsets"),
@@ -105,12 +107,60 @@ def test_a_sound_file(tmp_path):
         (container({"a": F32}, b"\0" * 9), "belong to nothing"),
         (container({"__metadata__": {"a": 1}, "a": F32}), "metadata"),
         (container({"__metadata__": [], "a": F32}), "metadata"),
-        (container(b"{" + b'"data_offsets"' * 100_001), "more than 100000 tensors"),
-        (container(b'{"a":[' + b"0," * 2_000_001), "more than 2000000 values"),
+        (container(b"{" + b'"data_offsets"' * 16_385), "more than 16384 tensors"),
+        (container(b'{"a":[' + b"0," * 98_305), "more than 98304 values"),
+        (container(b"{" + b'"":' * 163_841), "more than 163840 texts"),
+        (container('{"a": 1}'.encode("utf-16-le")), "not valid JSON"),
+        (container(b'{"\\ud800": 1}'), "not valid JSON"),
+        (container(b'{"__metadata__": {"a": "\\udfff"}}', b""), "not valid text"),
+        (container({"a": {**F32, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}, b""), "more elements"),
     ],
 )
 def test_unsound_files(file_of, content, match):
     refused(file_of(content), match)
+
+
+EMOJI = "🙂".encode()  # one of them makes Python hold a text with 4 bytes a character
+
+
+def filled(start, end):
+    return container(start + EMOJI + b"a" * (MAX_HEADER_BYTES - len(start) - len(EMOJI) - len(end)) + end, b"")
+
+
+LONG_HEADERS = {
+    "text": (lambda: filled(b'{"__metadata__": {"k": "', b'"}, "a": 1}'), "is not dtype"),
+    "lists": (lambda: filled(b'{"a": [' + b"[]," * 98_000 + b'"', b'"]}'), "is not dtype"),
+    "keys": (
+        lambda: filled(b"{" + b"".join(b'"%x":{},' % key for key in range(98_000)) + b'"', b'":1}'),
+        "is not dtype",
+    ),
+    "long keys": (
+        lambda: filled(b"{" + b"".join(b'"%s%x":{},' % (EMOJI, key) for key in range(98_000)) + b'"', b'":1}'),
+        "is not dtype",
+    ),
+    "escapes": (lambda: filled(b'{"a": "' + b"\\n" * 1_000_000, b'"}'), "is not dtype"),
+    "quotes": (lambda: filled(b'{"a": "' + b'\\"' * 1_000_000, b'"}'), "is not dtype"),
+    "open end": (lambda: filled(b'{"a": "', b"\\"), "not valid JSON"),
+    "nesting": (lambda: container(b'{"a":' + b'[{"":' * 1_000_000), "more than 163840 texts"),
+    "100 MB": (lambda: container(b"{" + bytes(100_000_000)), "the most that is allowed"),
+}
+
+
+@pytest.mark.parametrize("name", LONG_HEADERS)
+def test_long_headers_take_little_memory_and_time(file_of, name):
+    make, match = LONG_HEADERS[name]
+    path = file_of(make())
+    started = time.thread_time()
+    with pytest.raises(FileDamagedError, match=match):
+        read_header(path)
+    assert time.thread_time() - started < 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(FileDamagedError, match=match):
+            read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".pkl"])

@@ -91,6 +91,30 @@ SINGLE_NORMS: Mapping[str, str] = {
 }
 
 
+# other trainers' names for modules of the tables above
+
+# OneTrainer keeps fused modules apart and numbers their parts: `img_attn.qkv.0` is q; it calls `img_in` this
+ONETRAINER_EMBEDDER: Mapping[str, str] = {"img_in.proj": "x_embedder"}
+
+# XLabs names the processors of the attention, where 1 is the image's and 2 the text's stream; `linear1_qkv` is
+# ComfyUI's name for the first three parts of linear1
+XLABS_DOUBLE_FUSED: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "double_blocks.{i}.processor.qkv_lora1": DOUBLE_FUSED["double_blocks.{i}.img_attn.qkv"],
+    "double_blocks.{i}.processor.qkv_lora2": DOUBLE_FUSED["double_blocks.{i}.txt_attn.qkv"],
+}
+XLABS_DOUBLE_LINEARS: Mapping[str, str] = {
+    "double_blocks.{i}.processor.proj_lora1": DOUBLE_LINEARS["double_blocks.{i}.img_attn.proj"],
+    "double_blocks.{i}.processor.proj_lora2": DOUBLE_LINEARS["double_blocks.{i}.txt_attn.proj"],
+}
+XLABS_SINGLE_FUSED: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "single_blocks.{i}.processor.qkv_lora": SINGLE_FUSED["single_blocks.{i}.linear1"][:3],
+    "single_blocks.{i}.linear1_qkv": SINGLE_FUSED["single_blocks.{i}.linear1"][:3],
+}
+XLABS_SINGLE_LINEARS: Mapping[str, str] = {
+    "single_blocks.{i}.processor.proj_lora": SINGLE_LINEARS["single_blocks.{i}.linear2"],
+}
+
+
 def bfl_linears(num_layers: int, num_single_layers: int, width: int, guidance: bool) -> dict[str, tuple[Part, ...]]:
     """Every BFL linear of a model of this size, and the diffusers linears that it holds."""
     plain = {**EMBEDDERS, **(GUIDANCE_EMBEDDER if guidance else {}), **FINAL_LINEAR}
@@ -104,14 +128,30 @@ def bfl_linears(num_layers: int, num_single_layers: int, width: int, guidance: b
     }
 
 
+def onetrainer_linears(num_layers: int, num_single_layers: int) -> dict[str, tuple[Part, ...]]:
+    """The modules that only OneTrainer's version of the BFL names has: parts of fused modules by number."""
+    pairs = [*_numbered_parts(DOUBLE_FUSED, num_layers), *_numbered_parts(SINGLE_FUSED, num_single_layers)]
+    return {bfl: (Part(name),) for bfl, name in (*ONETRAINER_EMBEDDER.items(), *pairs)}
+
+
+def xlabs_linears(num_layers: int, num_single_layers: int, width: int) -> dict[str, tuple[Part, ...]]:
+    """The modules of XLabs' attention processors."""
+    plain = _numbered(XLABS_DOUBLE_LINEARS, num_layers) | _numbered(XLABS_SINGLE_LINEARS, num_single_layers)
+    return {
+        **{xlabs: (Part(name),) for xlabs, name in plain.items()},
+        **_fused(XLABS_DOUBLE_FUSED, num_layers, width),
+        **_fused(XLABS_SINGLE_FUSED, num_single_layers, width),
+    }
+
+
 def bfl_norms(num_layers: int, num_single_layers: int) -> dict[str, str]:
     """Every BFL norm scale of a model of this depth, and the diffusers parameter that it is."""
     return {**_numbered(DOUBLE_NORMS, num_layers), **_numbered(SINGLE_NORMS, num_single_layers)}
 
 
-def kohya_name(bfl: str) -> str:
-    """How kohya's trainer spells a BFL module, without the prefix `lora_unet_`."""
-    return bfl.replace(".", "_")
+def kohya_name(name: str) -> str:
+    """How kohya's trainer and its followers spell a module, without their prefix such as `lora_unet_`."""
+    return name.replace(".", "_")
 
 
 def _numbered(table: Mapping[str, str], count: int) -> dict[str, str]:
@@ -120,6 +160,15 @@ def _numbered(table: Mapping[str, str], count: int) -> dict[str, str]:
 
 def _fused(table: Mapping[str, tuple[tuple[str, int], ...]], count: int, width: int) -> dict[str, tuple[Part, ...]]:
     return {bfl.format(i=i): _stack(parts, i, width) for i in range(count) for bfl, parts in table.items()}
+
+
+def _numbered_parts(table: Mapping[str, tuple[tuple[str, int], ...]], count: int) -> list[tuple[str, str]]:
+    return [
+        (f"{bfl.format(i=i)}.{number}", name.format(i=i))
+        for i in range(count)
+        for bfl, parts in table.items()
+        for number, (name, _) in enumerate(parts)
+    ]
 
 
 def _stack(parts: tuple[tuple[str, int], ...], i: int, width: int) -> tuple[Part, ...]:

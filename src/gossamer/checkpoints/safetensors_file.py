@@ -1,11 +1,12 @@
 """safetensors files: a bounded check of the header in front of the reader, then the tensors and the SHA-256.
 
-    bytes 0..7        length n of the header, unsigned 64 bit, little endian; at most 100 MB
+    bytes 0..7        length n of the header, unsigned 64 bit, little endian; at most 6 MiB here
     bytes 8..8+n      JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [start, stop]}, ...}
     the rest          tensor data; offsets count from here and cover every byte exactly once
 
-Nothing in a header is believed before it agrees with the size of the file. Pickled checkpoints are refused: reading
-one runs the code inside it.
+Nothing in a header is believed before it agrees with the size of the file. The bounds here are below those of the
+format's own library, so that no header takes more than 100 MB of memory to parse. Pickled checkpoints are refused:
+reading one runs the code inside it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from safetensors.torch import load_file
 
 from gossamer.errors import FileDamagedError, FileMissingError
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_TENSORS = 100_000
+MAX_HEADER_BYTES = 6 << 20  # a text with one emoji takes 4 bytes a character, and is held twice while it is parsed
+MAX_TENSORS = 16_384  # the largest files have some 4,000
 MAX_DIMENSIONS = 32
-MAX_COMMAS = 20 * MAX_TENSORS  # an honest entry has about six, and metadata of trainers lists some thousand words
+MAX_ELEMENTS = 2**58  # so that no count of bytes overflows 64 bit
+MAX_COMMAS = 6 * MAX_TENSORS  # outside of texts; the entry of a matrix has five
+MAX_QUOTES = 20 * MAX_TENSORS  # around texts; an entry has ten
 
 DTYPE_BITS: Mapping[str, int] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -70,17 +73,22 @@ class Header:
 def read_header(path: Path | str) -> Header:
     """Read and check the header; no tensor data is read."""
     path = Path(path)
-    size = _require_file(path)
+    size = require_file(path)
     with path.open("rb") as file:
         start = file.read(512)
-        _refuse_foreign(path, start)
+        refuse_foreign(path, start)
         if size < 8:
             _damaged(path, f"It has {size} bytes; the length of the header alone takes 8.")
         header_bytes = int.from_bytes(start[:8], "little")
         _check_header_bytes(path, header_bytes, size)
+        if start[8:9] != b"{":
+            _damaged(path, "Its header is not a JSON object.")
         file.seek(8)
-        text = file.read(header_bytes)
-    return _parse(path, text, data_bytes=size - 8 - header_bytes)
+        content = _parse(path, file.read(header_bytes))
+    metadata = _metadata(path, content.pop("__metadata__", {}))
+    tensors = {name: _entry(path, name, fields) for name, fields in content.items()}
+    _check_cover(path, tensors, size - 8 - header_bytes)
+    return Header(tensors, metadata)
 
 
 def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
@@ -95,7 +103,7 @@ def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
 def sha256_file(path: Path | str) -> str:
     """SHA-256 of the file's bytes, in hexadecimal."""
     path = Path(path)
-    _require_file(path)
+    require_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -103,7 +111,7 @@ def sha256_file(path: Path | str) -> str:
 # what the file is
 
 
-def _require_file(path: Path) -> int:
+def require_file(path: Path) -> int:
     """Size in bytes of a readable regular file."""
     try:
         if not path.is_file():
@@ -122,7 +130,8 @@ def _require_file(path: Path) -> int:
         ) from error
 
 
-def _refuse_foreign(path: Path, start: bytes) -> None:
+def refuse_foreign(path: Path, start: bytes, wanted: str = "safetensors") -> None:
+    """Name what is often handed over in place of the wanted kind of file; `start` is the first 512 bytes."""
     if path.suffix.lower() in PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or _starts_like_pickle(start):
         raise FileDamagedError(
             f"{str(path)!r} is a pickled checkpoint, which Gossamer does not open.",
@@ -133,7 +142,7 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
     for prefix, description in FOREIGN_STARTS:
         if beginning.startswith(prefix):
             raise FileDamagedError(
-                f"{str(path)!r} is not a safetensors file.",
+                f"{str(path)!r} is not a {wanted} file.",
                 f"It begins like {description}.",
                 "Download the file again and compare its size with the one that the source states.",
             )
@@ -154,36 +163,54 @@ def _check_header_bytes(path: Path, header_bytes: int, size: int) -> None:
 # what the header says
 
 
-def _parse(path: Path, text: bytes, data_bytes: int) -> Header:
-    if text[:1] != b"{":
-        _damaged(path, "Its header is not a JSON object.")
-    # counted before parsing: a hostile header of 100 MB would grow to gigabytes of Python objects
-    if text.count(b",") > MAX_COMMAS:
-        _damaged(path, f"Its header lists more than {MAX_COMMAS} values.")
-    if text.count(b'"data_offsets"') > MAX_TENSORS:
-        _damaged(path, f"Its header lists more than {MAX_TENSORS} tensors.")
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    _check_counts(path, text)
     try:
-        content = json.loads(text, object_pairs_hook=_unique)
+        # decoded here: json itself would take UTF-16 too, and hold the bytes while it parses
+        decoded = text.decode()
+        del text
+        content = json.loads(decoded, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise _damage(path, f"Its header is not valid JSON: {error}.") from error
-    metadata = _metadata(path, content.pop("__metadata__", {}))
-    tensors = {name: _entry(path, name, fields) for name, fields in content.items()}
-    _check_cover(path, tensors, data_bytes)
-    return Header(tensors, metadata)
+    if not isinstance(content, dict):
+        _damaged(path, "Its header is not a JSON object.")
+    return content
+
+
+def _check_counts(path: Path, text: bytes) -> None:
+    """Count before parsing: Python objects take up to 80 times the bytes of the text."""
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
+        _damaged(path, f"Its header lists more than {MAX_TENSORS} tensors.")
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > MAX_QUOTES:
+        _damaged(path, f"Its header lists more than {MAX_QUOTES // 2} texts.")
+    if sum(part.count(b",") for part in plain.split(b'"')[::2]) > MAX_COMMAS:
+        _damaged(path, f"Its header lists more than {MAX_COMMAS} values.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
+        _check_text(name)
         if name in content:
             raise ValueError(f"the key {name[:80]!r} appears twice")
         content[name] = value
     return content
 
 
+def _check_text(text: str) -> None:
+    """JSON can spell half a surrogate pair, which no output could ever print."""
+    text.encode()
+
+
 def _metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _damaged(path, "Its metadata is not a table of texts.")
+    try:
+        for value in metadata.values():
+            _check_text(value)
+    except UnicodeEncodeError as error:
+        raise _damage(path, f"Its metadata is not valid text: {error.reason}.") from error
     return metadata
 
 
@@ -197,7 +224,9 @@ def _entry(path: Path, name: str, fields: object) -> TensorEntry:
         _damaged(path, f"{name[:80]!r} has no valid shape.")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _damaged(path, f"{name[:80]!r} has no valid data_offsets.")
-    # Python's integers do not overflow; 32 sizes below 2^63 multiply in no time
+    # Python's integers do not overflow; an empty dimension must not hide that the others would
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        _damaged(path, f"{name[:80]!r} claims the shape {shape}, more elements than any file holds.")
     if math.prod(shape) * DTYPE_BITS[dtype] != (offsets[1] - offsets[0]) * 8:
         _damaged(
             path,
