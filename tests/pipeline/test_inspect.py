@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import gguf
+import numpy as np
 import pytest
 
 from gossamer.cli.main import main
@@ -119,6 +121,26 @@ def test_nf4_of_forge(tmp_path, nested):
     found = inspect(write(tmp_path / "nf4.safetensors", tensors))
     assert (found.unused, found.notes, found.model) == ((), ("bitsandbytes nf4",), "FLUX.1-dev")
     assert found.parameters == 11_901_408_320
+
+
+def test_a_gguf_file(tmp_path):
+    """Written by the `gguf` package: BFL names, an architecture key, three types."""
+    writer = gguf.GGUFWriter(tmp_path / "flux.gguf", "flux")
+    values = np.zeros((64, 256), dtype=np.float32)
+    for i in range(2):
+        for name, kind in (("img_attn.qkv", "Q8_0"), ("img_mlp.0", "Q4_0")):
+            packed = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(f"double_blocks.{i}.{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for i in range(4):
+        writer.add_tensor(f"single_blocks.{i}.norm.key_norm.scale", np.zeros(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = inspect(tmp_path / "flux.gguf")
+    assert (found.layout, found.model, found.unused) == ("bfl", "the embedded model", ())
+    assert found.storage == {"Q8_0": 2, "Q4_0": 2, "F32": 4}
+    assert found.parameters == 4 * values.size + 4 * 32
 
 
 def test_an_unknown_tensor_is_named(tmp_path):

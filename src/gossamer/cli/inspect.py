@@ -18,7 +18,7 @@ UNUSED_SHOWN = 10
 def add_to(verbs: Any) -> None:
     """Add the verb to the parser."""
     parser = verbs.add_parser("inspect", help="say what a file holds", description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", type=Path, metavar="FILE", help="an adapter or checkpoint, .safetensors")
+    parser.add_argument("file", type=Path, metavar="FILE", help="an adapter or checkpoint, .safetensors or .gguf")
     parser.add_argument("--hash", action="store_true", help="also the SHA-256, for which the whole file is read")
     parser.add_argument("--format", type=parse_choice(FORMATS), default="text", metavar="{text,json}")
     parser.set_defaults(verb=inspect_file)

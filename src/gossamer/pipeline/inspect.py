@@ -15,6 +15,7 @@ from pathlib import Path
 from gossamer.adapters.adapter import stated_base_model
 from gossamer.adapters.families import ADAPTER
 from gossamer.adapters.spelling import Recognised, best_recognised
+from gossamer.checkpoints import gguf_file
 from gossamer.checkpoints.flux_names import bfl_linears, bfl_norms
 from gossamer.checkpoints.layouts import MARKERS, TRANSFORMER, Layout, find_layout
 from gossamer.checkpoints.safetensors_file import TensorEntry, read_header, sha256_file
@@ -89,15 +90,28 @@ class Inspection:
 
 def inspect(path: Path | str, with_hash: bool = False) -> Inspection:
     """Look at the header of a file; with a hash, read all of it."""
-    header = read_header(path)
-    found = (_adapter if any(map(ADAPTER.search, header.tensors)) else _checkpoint)(header.tensors)
-    trigger = next((header.metadata[key] for key in TRIGGER_KEYS if header.metadata.get(key)), None)
+    tensors, metadata = _gguf(path) if Path(path).suffix.lower() == ".gguf" else _safetensors(path)
+    found = (_adapter if any(map(ADAPTER.search, tensors)) else _checkpoint)(tensors)
+    trigger = next((metadata[key] for key in TRIGGER_KEYS if metadata.get(key)), None)
     return replace(
         found,
-        base_model=stated_base_model(header.metadata),
+        base_model=stated_base_model(metadata),
         trigger=trigger,
         sha256=sha256_file(path) if with_hash else None,
     )
+
+
+def _safetensors(path: Path | str) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
+    header = read_header(path)
+    return header.tensors, header.metadata
+
+
+def _gguf(path: Path | str) -> tuple[Mapping[str, TensorEntry], Mapping[str, str]]:
+    """The header of a GGUF file in the words of a safetensors one; types are block types."""
+    header = gguf_file.read_header(path)
+    entries = header.tensors.items()
+    texts = {key: value for key, value in header.metadata.items() if isinstance(value, str)}
+    return {name: TensorEntry(each.type_name, each.shape, each.start, each.stop) for name, each in entries}, texts
 
 
 def _parameters(entries: Iterable[TensorEntry]) -> int:
