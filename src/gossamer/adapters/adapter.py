@@ -5,10 +5,11 @@ diffusers names, checked against the sizes of the model it is for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from gossamer.adapters.text_names import TEXT_ENCODERS, text_sizes
 from gossamer.errors import AdapterError, WrongModelError
 from gossamer.models.flux_spec import FluxSpec, Shape, linear_shapes, norm_shapes
 
@@ -55,7 +56,9 @@ class Adapter:
     """An adapter for a FLUX.1 model of the sizes in `spec`.
 
     `terms` are by linear, `replacements` by norm scale; a replacement takes the place of the model's values and has no
-    strength. `metadata` is the file's own free text, `sha256` the file's, None for an adapter made in memory.
+    strength. `text` holds the terms of each text encoder by component, then by linear, under the names of `text_names`.
+    `unused` names the keys of the file that have no effect, with the reason. `metadata` is the file's own free text,
+    `sha256` the file's, None for an adapter made in memory.
     """
 
     spec: FluxSpec
@@ -64,16 +67,24 @@ class Adapter:
     spelling: str = "diffusers"
     metadata: Mapping[str, str] = field(default_factory=dict)
     sha256: str | None = None
+    text: Mapping[str, Mapping[str, LowRankTerm]] = field(default_factory=dict)
+    unused: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names(self)
         _check_shapes(self)
+        for component, terms in self.text.items():
+            _check_text_sizes(component, terms)
 
     @property
     def input_channels(self) -> int | None:
         """Channels that the adapted input layer reads; None when the adapter leaves that layer alone."""
         term = self.terms.get(INPUT_LAYER)
         return None if term is None else term.shape[1]
+
+    def without_text(self) -> Adapter:
+        """The transformer's part alone, for use without the text encoders' terms."""
+        return replace(self, text={})
 
     @property
     def is_control(self) -> bool:
@@ -102,6 +113,14 @@ def allowed_input_widths(spec: FluxSpec) -> tuple[int, ...]:
 def _check_names(adapter: Adapter) -> None:
     unknown = [name for name in adapter.terms if name not in linear_shapes(adapter.spec)]
     unknown += [name for name in adapter.replacements if name not in norm_shapes(adapter.spec)]
+    unknown += [component for component in adapter.text if component not in TEXT_ENCODERS]
+    unknown += [
+        f"{component}.{name}"
+        for component, terms in adapter.text.items()
+        if component in TEXT_ENCODERS
+        for name in terms
+        if name not in text_sizes(component)
+    ]
     if unknown:
         raise WrongModelError(
             f"The adapter changes {len(unknown)} layers that the model does not have: {', '.join(unknown[:5])}"
@@ -121,6 +140,20 @@ def _check_shapes(adapter: Adapter) -> None:
     for name, values in adapter.replacements.items():
         if tuple(values.shape) != norms[name]:
             raise wrong_size(adapter.spec, name, tuple(values.shape), norms[name])
+
+
+def _check_text_sizes(component: str, terms: Mapping[str, LowRankTerm]) -> None:
+    """Terms of one encoder agree with each other; whether they fit an encoder shows when they are attached."""
+    known: dict[str, tuple[int, str]] = {}
+    for name, term in terms.items():
+        for symbol, size in zip(text_sizes(component)[name], term.shape, strict=True):
+            expected, first = known.setdefault(symbol, (size, name))
+            if size != expected:
+                raise AdapterError(
+                    f"The adapter's terms for the {component} do not fit one encoder.",
+                    f"By {first!r} its {symbol} is {expected}, by {name!r} it is {size}.",
+                    "The file is damaged, or merged from adapters for different models; get another version of it.",
+                )
 
 
 def wrong_size(spec: FluxSpec, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> WrongModelError:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from gossamer.adapters import control
-from gossamer.adapters.adapter import INPUT_LAYER, Adapter, allowed_input_widths, describe
+from gossamer.adapters.adapter import INPUT_LAYER, Adapter, LowRankTerm, allowed_input_widths, describe
+from gossamer.adapters.text_encoders import TextEncoders, text_targets
 from gossamer.errors import AdapterError, WrongModelError
 from gossamer.layers import LowRank, QuantLinear
 from gossamer.models.flux_spec import FluxSpec
@@ -47,30 +48,41 @@ def base_spec(model: nn.Module) -> FluxSpec:
     return FluxSpec.from_config({**config, "in_channels": layer.packed.shape[1]})
 
 
-def attach(model: nn.Module, adapter: Adapter, name: str, scale: float = 1.0) -> None:
-    """Attach an adapter under a name. A Control LoRA also widens the input layer and replaces norm scales."""
+def attach(
+    model: nn.Module, adapter: Adapter, name: str, scale: float = 1.0, text_encoders: TextEncoders | None = None
+) -> None:
+    """Attach an adapter under a name. A Control LoRA also widens the input layer and replaces norm scales.
+
+    An adapter with terms for text encoders needs those encoders, by their diffusers names, here and in `set_scale` and
+    `detach`: {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}.
+    """
     layers = linear_layers(model)
     spec = base_spec(model)
-    _check(model, layers, spec, adapter, name)
+    texts = text_targets(adapter, text_encoders or {})
+    _check(model, [*layers.values(), *(layer for layer, _ in texts)], spec, adapter, name)
+    _check_terms(model, layers, adapter)
     _check_scale(adapter, name, scale)
     width = max(layers[INPUT_LAYER].in_features, adapter.input_channels or 0)
     # built on the device first: an allocation that fails leaves the model as it was
-    low_ranks = {target: _low_rank(layers[target], adapter, target, name, scale) for target in adapter.terms}
+    low_ranks = {target: _low_rank(layers[target], term, name, scale) for target, term in adapter.terms.items()}
+    text_low_ranks = [(layer, _low_rank(layer, term, name, scale)) for layer, term in texts]
     if INPUT_LAYER in low_ranks:
         low_ranks[INPUT_LAYER] = low_ranks[INPUT_LAYER].widened(width)
     control.set_input_width(model, layers[INPUT_LAYER], width)
     for target, low_rank in low_ranks.items():
         layers[target].add(low_rank)
+    for layer, low_rank in text_low_ranks:
+        layer.add(low_rank)
     originals = control.replace_norms(model, adapter.replacements)
     _remember(model, {**attached(model), name: Attachment(adapter, scale, originals)})
 
 
-def detach(model: nn.Module, name: str) -> Adapter:
+def detach(model: nn.Module, name: str, text_encoders: TextEncoders | None = None) -> Adapter:
     """Take an adapter off; the model is then as if it had never been there. Hands the adapter back."""
     layers = linear_layers(model)
-    record = _find(model, layers, name)
-    for target in record.adapter.terms:
-        layers[target].remove(name)
+    record, targets = _find(model, layers, name, text_encoders)
+    for layer, _ in targets:
+        layer.remove(name)
     control.restore_norms(model, record.originals)
     others = {other: attachment for other, attachment in attached(model).items() if other != name}
     _remember(model, others)
@@ -79,18 +91,16 @@ def detach(model: nn.Module, name: str) -> Adapter:
     return record.adapter
 
 
-def set_scale(model: nn.Module, name: str, scale: float) -> None:
+def set_scale(model: nn.Module, name: str, scale: float, text_encoders: TextEncoders | None = None) -> None:
     """Change an adapter's strength from the next call on. Norm scales that it replaced stay replaced."""
-    layers = linear_layers(model)
-    record = _find(model, layers, name)
+    record, targets = _find(model, linear_layers(model), name, text_encoders)
     _check_scale(record.adapter, name, scale)
-    for target, term in record.adapter.terms.items():
-        layers[target].set_scale(name, scale * term.multiplier)
+    for layer, term in targets:
+        layer.set_scale(name, scale * term.multiplier)
     _remember(model, {**attached(model), name: replace(record, scale=scale)})
 
 
-def _low_rank(layer: QuantLinear, adapter: Adapter, target: str, name: str, scale: float) -> LowRank:
-    term = adapter.terms[target]
+def _low_rank(layer: QuantLinear, term: LowRankTerm, name: str, scale: float) -> LowRank:
     low_rank = LowRank(name, term.down, term.up, scale * term.multiplier, term.bias)
     low_rank.move(layer.packed.device)
     return low_rank
@@ -103,8 +113,10 @@ def _remember(model: nn.Module, records: Mapping[str, Attachment]) -> None:
         model.__dict__.pop(RECORD, None)
 
 
-def _find(model: nn.Module, layers: Mapping[str, QuantLinear], name: str) -> Attachment:
-    """The record of an adapter all of whose terms are still in place."""
+def _find(
+    model: nn.Module, layers: Mapping[str, QuantLinear], name: str, text_encoders: TextEncoders | None
+) -> tuple[Attachment, list[tuple[QuantLinear, LowRankTerm]]]:
+    """The record of an adapter all of whose terms are still in place, and each of them with its layer."""
     records = attached(model)
     if name not in records:
         raise AdapterError(
@@ -112,23 +124,24 @@ def _find(model: nn.Module, layers: Mapping[str, QuantLinear], name: str) -> Att
             f"Attached: {', '.join(records) or 'none'}.",
             "Use one of the attached names.",
         )
-    lost = [
-        target for target in records[name].adapter.terms if target not in layers or name not in layers[target].names()
-    ]
+    adapter = records[name].adapter
+    lost = [target for target in adapter.terms if target not in layers or name not in layers[target].names()]
+    texts = text_targets(adapter, text_encoders or {})
+    lost += ["the text encoders" for layer, _ in texts if name not in layer.names()]
     if lost:
         raise AdapterError(
             f"Parts of the adapter {name!r} are gone from the model, such as the one of {lost[0]!r}.",
             "Something removed terms from single layers, or replaced layers, since the adapter was attached.",
             "Load the model again.",
         )
-    return records[name]
+    return records[name], [*((layers[target], term) for target, term in adapter.terms.items()), *texts]
 
 
 # checks
 
 
-def _check(model: nn.Module, layers: Mapping[str, QuantLinear], spec: FluxSpec, adapter: Adapter, name: str) -> None:
-    taken = name in attached(model) or any(name in layer.names() for layer in layers.values())
+def _check(model: nn.Module, layers: list[QuantLinear], spec: FluxSpec, adapter: Adapter, name: str) -> None:
+    taken = name in attached(model) or any(name in layer.names() for layer in layers)
     if taken:
         raise AdapterError(
             f"An adapter called {name!r} is already attached.",
@@ -136,6 +149,9 @@ def _check(model: nn.Module, layers: Mapping[str, QuantLinear], spec: FluxSpec, 
             "Detach it first, or attach this one under another name.",
         )
     _check_sizes(spec, adapter)
+
+
+def _check_terms(model: nn.Module, layers: Mapping[str, QuantLinear], adapter: Adapter) -> None:
     plain = [target for target in adapter.terms if target not in layers]
     if plain:
         raise _not_swapped(plain)
@@ -155,7 +171,8 @@ def _check_sizes(spec: FluxSpec, adapter: Adapter) -> None:
 
 def _check_scale(adapter: Adapter, name: str, scale: float) -> None:
     """Scale times multiplier is a float32 number in every term, as the products need it."""
-    strengths = (scale * term.multiplier for term in adapter.terms.values())
+    groups = (adapter.terms, *adapter.text.values())
+    strengths = (scale * term.multiplier for terms in groups for term in terms.values())
     unusable = next((strength for strength in strengths if not abs(strength) <= LARGEST_STRENGTH), None)  # NaN too
     if unusable is not None:
         raise AdapterError(

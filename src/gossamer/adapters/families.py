@@ -10,14 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gossamer.adapters.adapter import describe, stated_base_model
-from gossamer.adapters.spelling import Recognised, best_recognised
+from gossamer.adapters.spelling import Recognised, recognise
 from gossamer.errors import AdapterError, GossamerError, WrongModelError
 from gossamer.models.flux_spec import FluxSpec
 
 # keys that only one family of models has; the first that fits any key names the family
 FAMILIES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("FLUX.2", re.compile(r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_in")),
-    ("Stable Diffusion XL", re.compile(r"lora_unet_(input_blocks|output_blocks|middle_block)_")),
+    (
+        "Stable Diffusion XL",
+        re.compile(
+            r"lora_unet_(input_blocks|output_blocks|middle_block)_|^lora_te2_text_model|^text_encoder_2\.text_model"
+        ),
+    ),
     ("a Stable Diffusion U-Net (1.x, 2.x or XL)", re.compile(r"(^|[._])(down_blocks|up_blocks|mid_block)[._]")),
     ("Stable Diffusion 3", re.compile(r"(^|[._])joint_blocks[._]|transformer_blocks\.\d+\.attn2\.")),
     ("Qwen-Image", re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]")),
@@ -49,23 +54,33 @@ CHECKPOINTS: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 # keys of adapters that belong to FLUX.1 but say something that is not read
 OTHER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("text encoder adapters", re.compile(r"^(lora_te|text_encoder)")),
+    ("changes of text encoders that are not low-rank terms of linears", re.compile(r"^(lora_te|text_encoder)")),
     ("DoRA magnitudes", re.compile(r"(dora_scale|lora_magnitude_vector|\.magnitude)")),
     ("LoKr factors", re.compile(r"\.lokr_")),
     ("LoHa factors", re.compile(r"\.hada_")),
     ("weight differences", re.compile(r"\.diff(_b)?$")),
 )
 
-BLOCK = re.compile(r"(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d{1,4})[._]")
+BLOCK = re.compile(r"(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d{1,3})[._]")
 SINGLE = ("single_blocks", "single_transformer_blocks")
+
+
+def only_without_effect(path: str, found: Recognised) -> AdapterError:
+    """The error for a file in which nothing changes a model."""
+    key, reason = next(iter(found.without_effect.items()))
+    return AdapterError(
+        f"None of the {len(found.without_effect)} keys of {path!r} changes the model.",
+        f"The first is {key!r}: {reason}.",
+        "Use an adapter that has low-rank factors for FLUX.1.",
+    )
 
 
 def explain_unused(
     path: str, keys: list[str], found: Recognised, metadata: Mapping[str, str], spec: FluxSpec
 ) -> GossamerError:
     """The error for a file with keys that the model has no place for."""
-    named = ", ".join(found.unused[:5]) + (", ..." if len(found.unused) > 5 else "")
-    what = f"{len(found.unused)} of the {len(keys)} keys of {path!r} have no place in this model: {named}."
+    named = ", ".join(found.left_over[:5]) + (", ..." if len(found.left_over) > 5 else "")
+    what = f"{len(found.left_over)} of the {len(keys)} keys of {path!r} have no place in this model: {named}."
     made_for = _other_family(keys) or _other_sizes(keys, found, spec)
     if made_for is not None:
         return WrongModelError(
@@ -73,12 +88,14 @@ def explain_unused(
             f"The adapter was made for {made_for}{_stated(metadata)}. This model is FLUX.1 with {describe(spec)}.",
             "Use an adapter that was made for this model, or load the model that the adapter was made for.",
         )
-    kinds = [kind for kind, pattern in OTHER_KINDS if any(pattern.search(key) for key in found.unused)]
+    kinds = [kind for kind, pattern in OTHER_KINDS if any(pattern.search(key) for key in found.left_over)]
+    if any(not recognise([key], spec).left_over for key in found.left_over):
+        kinds.append("Keys for layers that other keys of the file change already")
     return AdapterError(
         what,
         f"{' and '.join(kinds) or 'Keys of this kind'} cannot be used, and a file that is used in part would be "
         f"another adapter{_stated(metadata)}. Closest spelling: {found.spelling.name}.",
-        "Use a version of the adapter without these keys, or one for the transformer only.",
+        "Use a version of the adapter without these keys.",
     )
 
 
@@ -108,7 +125,7 @@ def _other_sizes(keys: list[str], found: Recognised, spec: FluxSpec) -> str | No
         num_single_layers=max(spec.num_single_layers, single),
         guidance_embeds=True,
     )
-    if len(best_recognised(keys, larger).unused) == len(found.unused):
+    if len(recognise(keys, larger).left_over) == len(found.left_over):
         return None
     if double > spec.num_layers or single > spec.num_single_layers:
         counts = [f"{count} {kind}" for count, kind in ((double, "double"), (single, "single")) if count]

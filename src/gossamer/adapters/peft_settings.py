@@ -2,6 +2,8 @@
 
     __metadata__["lora_adapter_metadata"]   JSON: {"transformer.r": 16, "transformer.lora_alpha": 8, ...}
 
+with the settings of the text encoders under `text_encoder.` and `text_encoder_2.`.
+
 The multiplier is lora_alpha / rank, or lora_alpha / sqrt(rank) where `use_rslora` is set; `alpha_pattern` gives single
 modules their own alpha, by regular expressions that match the end of a module's name.
 """
@@ -18,7 +20,6 @@ from typing import Any
 from gossamer.errors import AdapterError, FileDamagedError
 
 KEY = "lora_adapter_metadata"
-PREFIX = "transformer."
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class PeftSettings:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def read_peft_settings(metadata: Mapping[str, str]) -> PeftSettings:
-    """The settings for the transformer; the defaults when the file has none."""
+def read_peft_settings(metadata: Mapping[str, str], component: str = "transformer") -> PeftSettings:
+    """The settings for one component; the defaults when the file has none."""
     if KEY not in metadata:
         return PeftSettings()
     try:
         content = json.loads(metadata[KEY])
-        settings = {key.removeprefix(PREFIX): value for key, value in content.items() if key.startswith(PREFIX)}
+        prefix = f"{component}."
+        settings = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
         found = _settings(settings)
     except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise FileDamagedError(

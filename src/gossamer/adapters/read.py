@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from gossamer.adapters.adapter import Adapter, LowRankTerm, wrong_size
-from gossamer.adapters.families import explain_unused, not_an_adapter
+from gossamer.adapters.families import explain_unused, not_an_adapter, only_without_effect
 from gossamer.adapters.fused import split_term
 from gossamer.adapters.peft_settings import PeftSettings, read_peft_settings
-from gossamer.adapters.spelling import Recognised, Role, best_recognised
+from gossamer.adapters.spelling import Recognised, Roles, recognise
+from gossamer.adapters.spelling_tables import ENDINGS, Role
 from gossamer.checkpoints.flux_names import Part
 from gossamer.checkpoints.safetensors_file import read_header, read_tensors, sha256_file
 from gossamer.errors import AdapterError, FileDamagedError, GossamerError
@@ -28,22 +29,26 @@ def read_adapter(path: Path | str, spec: FluxSpec) -> Adapter:
             "An adapter file has at least one pair of low-rank factors.",
             "Check that this is the right file.",
         )
-    found = best_recognised(keys, spec)
-    if found.unused:
+    found = recognise(keys, spec)
+    if found.left_over:
         foreign = not_an_adapter(str(path), keys)
         if foreign is not None:
             raise foreign
         raise explain_unused(str(path), keys, found, header.metadata, spec)
+    if not (found.modules or found.text or found.norms):
+        raise only_without_effect(str(path), found)
     tensors = read_tensors(path)
     try:
-        _check_values(tensors)
+        _check_values({key: tensor for key, tensor in tensors.items() if key not in found.without_effect})
         return Adapter(
             spec=spec,
             terms=_terms(found, tensors, spec, read_peft_settings(header.metadata)),
-            replacements=_replacements(found, tensors, spec),
+            replacements={norm: tensors[key] for norm, key in found.norms.items()},
             spelling=found.spelling.name,
             metadata={name: text for name, text in header.metadata.items() if name != "format"},
             sha256=sha256_file(path),
+            text=_text_terms(found, tensors, header.metadata),
+            unused=found.without_effect,
         )
     except GossamerError as error:
         raise type(error)(f"{str(path)!r}: {error.what}", error.why, error.next_step) from error
@@ -68,19 +73,35 @@ def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
 def _terms(
     found: Recognised, tensors: Mapping[str, torch.Tensor], spec: FluxSpec, settings: PeftSettings
 ) -> dict[str, LowRankTerm]:
-    modules = found.spelling.modules(spec)
     terms: dict[str, LowRankTerm] = {}
-    for module, keys in found.modules.items():
-        parts = modules[module]
-        term = _term(module, {role: tensors[key] for role, key in keys.items()}, parts, settings)
-        _check_height(module, term, parts, spec)
+    for parts, roles in found.modules.items():
+        term = _term(roles, tensors, parts[0].name, settings)
+        _check_height(_name_in_file(roles), term, parts, spec)
         terms |= split_term(term, parts)
     return terms
 
 
-def _term(
-    module: str, values: Mapping[Role, torch.Tensor], parts: tuple[Part, ...], settings: PeftSettings
-) -> LowRankTerm:
+def _text_terms(
+    found: Recognised, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, dict[str, LowRankTerm]]:
+    """Terms by text encoder, then by linear."""
+    terms = {}
+    for component, linears in found.text.items():
+        settings = read_peft_settings(metadata, component)
+        terms[component] = {name: _term(roles, tensors, name, settings) for name, roles in linears.items()}
+    return terms
+
+
+def _name_in_file(roles: Roles) -> str:
+    """What the file calls the module that these are the keys of."""
+    key = next(iter(roles.values()))
+    return next(key.removesuffix(ending) for ending in ENDINGS if key.endswith(ending))
+
+
+def _term(roles: Roles, tensors: Mapping[str, torch.Tensor], linear: str, settings: PeftSettings) -> LowRankTerm:
+    """One module's term; `linear` is what PEFT's settings know the module by."""
+    module = _name_in_file(roles)
+    values: dict[Role, torch.Tensor] = {role: tensors[key] for role, key in roles.items()}
     missing = [role for role in ("down", "up") if role not in values]
     if missing:
         raise AdapterError(
@@ -96,9 +117,7 @@ def _term(
             f"Its down factor has the shape {tuple(down.shape)}.",
             "The file is damaged; download it again, or save the adapter again.",
         )
-    multiplier = (
-        _alpha(module, values["alpha"]) / rank if "alpha" in values else settings.multiplier(parts[0].name, rank)
-    )
+    multiplier = _alpha(module, values["alpha"]) / rank if "alpha" in values else settings.multiplier(linear, rank)
     try:
         return LowRankTerm(down, up, multiplier, values.get("bias"))
     except AdapterError as error:
@@ -120,8 +139,3 @@ def _check_height(module: str, term: LowRankTerm, parts: tuple[Part, ...], spec:
     rows = [stop for part in parts for _, stop in part.rows]
     if rows and term.shape[0] != max(rows):
         raise wrong_size(spec, module, term.shape, (max(rows), spec.width))
-
-
-def _replacements(found: Recognised, tensors: Mapping[str, torch.Tensor], spec: FluxSpec) -> dict[str, torch.Tensor]:
-    names = found.spelling.norms(spec)
-    return {names[norm]: tensors[key] for norm, key in found.norms.items()}

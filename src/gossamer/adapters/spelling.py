@@ -1,156 +1,200 @@
-"""How adapter files spell the same thing: which prefix, which module names, which endings. A new spelling is a row.
+"""What each key of an adapter file is, by its name alone: part of a term, a norm scale, of no effect, or unknown.
 
-    diffusers   transformer.transformer_blocks.0.attn.to_q   .lora_A.weight     .lora_B.weight    .lora_B.bias  .alpha
-    kohya       lora_unet_double_blocks_0_img_attn_qkv       .lora_down.weight  .lora_up.weight                 .alpha
-    bfl         double_blocks.0.img_attn.qkv                 .lora_A.weight     .lora_B.weight    .lora_B.bias  .alpha
-
-A key is a prefix, a module and an ending, or a prefix and the name of a norm scale. Any ending of `ENDINGS` is read
-with any module naming, because trainers mix them; what each spelling writes is in its own row.
+All spellings are looked up at once, since no two of them mean different things by one name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
 
-from gossamer.checkpoints.flux_names import Part, bfl_linears, bfl_norms, kohya_name
-from gossamer.errors import UnknownOptionError
-from gossamer.models.flux_spec import FluxSpec, linear_shapes, norm_shapes
+from gossamer.adapters import text_names
+from gossamer.adapters.spelling_tables import ENDINGS, SPELLINGS, UNDERSCORED_PREFIXES, WRAPPERS, Role, Spelling
+from gossamer.checkpoints.flux_names import Part, kohya_name
+from gossamer.models.flux_spec import FluxSpec
 
-Role = Literal["down", "up", "bias", "alpha"]
+TRANSFORMER = "transformer"
 
-ENDINGS: Mapping[str, Role] = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_B.bias": "bias",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_B.default.bias": "bias",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".alpha": "alpha",
-}
-
-Modules = Mapping[str, tuple[Part, ...]]
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """One way to spell an adapter.
-
-    `prefixes` are tried in order and the first is written. `modules` maps a file's module names to the diffusers
-    linears inside, `norms` a file's norm scales to diffusers parameters. `endings` are written; where it lacks a role,
-    the spelling cannot say that.
-    """
-
-    name: str
-    prefixes: tuple[str, ...]
-    modules: Callable[[FluxSpec], Modules]
-    norms: Callable[[FluxSpec], Mapping[str, str]]
-    endings: Mapping[Role, str]
-    always_writes_alpha: bool = False
-
-
-def _diffusers_modules(spec: FluxSpec) -> Modules:
-    return {name: (Part(name),) for name in linear_shapes(spec)}
-
-
-def _diffusers_norms(spec: FluxSpec) -> Mapping[str, str]:
-    return {name: name for name in norm_shapes(spec)}
-
-
-def _bfl_modules(spec: FluxSpec) -> Modules:
-    return bfl_linears(spec.num_layers, spec.num_single_layers, spec.width, spec.guidance_embeds)
-
-
-def _bfl_norms(spec: FluxSpec) -> Mapping[str, str]:
-    return bfl_norms(spec.num_layers, spec.num_single_layers)
-
-
-def _kohya_modules(spec: FluxSpec) -> Modules:
-    return {kohya_name(bfl): parts for bfl, parts in _bfl_modules(spec).items()}
-
-
-def _no_norms(spec: FluxSpec) -> Mapping[str, str]:
-    return {}
-
-
-PEFT_ENDINGS: Mapping[Role, str] = {
-    "down": ".lora_A.weight",
-    "up": ".lora_B.weight",
-    "bias": ".lora_B.bias",
-    "alpha": ".alpha",
-}
-KOHYA_ENDINGS: Mapping[Role, str] = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": ".alpha"}
-
-# what PEFT puts in front when a wrapped model is saved as it is
-PEFT_WRAPPERS = ("base_model.model.", "base_model.model.transformer.", "transformer.base_model.model.")
-
-SPELLINGS: tuple[Spelling, ...] = (
-    Spelling("diffusers", ("transformer.", *PEFT_WRAPPERS, ""), _diffusers_modules, _diffusers_norms, PEFT_ENDINGS),
-    Spelling("kohya", ("lora_unet_",), _kohya_modules, _no_norms, KOHYA_ENDINGS, always_writes_alpha=True),
-    Spelling("bfl", ("", "diffusion_model."), _bfl_modules, _bfl_norms, PEFT_ENDINGS),
+# keys that are left alone on purpose
+WITHOUT_EFFECT: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"^bundle_emb\."),
+        "an embedding for a word of the prompt; FLUX.1's text encoders are used with their own words only",
+    ),
+    (
+        re.compile(r"^(lora_te1?_|clip_l\.|text_encoders?\.(clip_l\.)?(transformer\.)?)text_projection\."),
+        "FLUX.1 takes CLIP's output before the text projection, so a change of it has no effect",
+    ),
 )
+LONE_ALPHA = "alpha, a strength, of a module for which the file has no factors"
 
 
-def find_spelling(name: str) -> Spelling:
-    """The spelling of that name."""
-    found = next((spelling for spelling in SPELLINGS if spelling.name == name), None)
-    if found is None:
-        raise UnknownOptionError(
-            f"There is no adapter spelling {name!r}.",
-            f"Known spellings: {', '.join(spelling.name for spelling in SPELLINGS)}.",
-            "Use one of these.",
-        )
-    return found
+Roles = Mapping[Role, str]
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """The keys of a file in one spelling: key by role for each module, key for each norm scale, and what is left."""
+    """What the keys of a file are.
+
+    `modules` has the keys of each module of the transformer by role, under the linears in it; `text` the same for each
+    linear of each text encoder; `norms` the key of each norm scale; `without_effect` the reason for each key that does
+    nothing. `left_over` are the keys that nothing here understands, or that say a thing twice.
+    """
 
     spelling: Spelling
-    modules: Mapping[str, Mapping[Role, str]]
+    modules: Mapping[tuple[Part, ...], Roles]
+    text: Mapping[str, Mapping[str, Roles]]
     norms: Mapping[str, str]
-    unused: tuple[str, ...]
+    without_effect: Mapping[str, str]
+    left_over: tuple[str, ...]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """All keys that change nothing, known and unknown."""
+        return *self.left_over, *self.without_effect
 
 
-def recognise(keys: list[str], spelling: Spelling, spec: FluxSpec) -> Recognised:
-    """Sort the keys of a file; a key that says the same thing as an earlier one is left over."""
-    modules: dict[str, dict[Role, str]] = {}
+@dataclass(frozen=True)
+class _Module:
+    """What a file calls one module: the linears, or rows of linears, of a component of the model."""
+
+    spelling: str
+    component: str
+    parts: tuple[Part, ...]
+
+    @property
+    def linears(self) -> list[tuple[str, str]]:
+        return [(self.component, part.name) for part in self.parts]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Modules and norm scales by the names that stand behind some prefix."""
+
+    modules: Mapping[str, _Module]
+    norms: Mapping[str, str]
+
+
+_Places = dict[tuple[str, tuple[Part, ...]], dict[Role, str]]
+
+
+def recognise(keys: list[str], spec: FluxSpec) -> Recognised:
+    """Sort the keys of a file for a model of the sizes in `spec`."""
+    without_effect = {key: reason for key in keys if (reason := _no_effect(key)) is not None}
+    found: dict[str, tuple[_Module, Role]] = {}
     norms: dict[str, str] = {}
-    unused = []
-    known_modules, known_norms = spelling.modules(spec), spelling.norms(spec)
     for key in keys:
-        stem, role = split_ending(key)
-        module = _strip(stem, spelling.prefixes, known_modules) if role else None
-        norm = _strip(key, spelling.prefixes, known_norms)
-        if role and module is not None and role not in modules.setdefault(module, {}):
-            modules[module][role] = key
-        elif norm is not None and norm not in norms:
-            norms[norm] = key
-        else:
-            unused.append(key)
-    return Recognised(spelling, modules, norms, tuple(unused))
+        names, name = _names_for(key, spec)
+        place, norm = _place(name, names), names.norms.get(name)
+        if place is not None and key not in without_effect:
+            found[key] = place
+        elif norm is not None:
+            norms.setdefault(norm, key)
+    places, spelling = _claim_places(found)
+    lone = [roles["alpha"] for roles in places.values() if roles.keys() == {"alpha"}]
+    without_effect |= dict.fromkeys(lone, LONE_ALPHA)
+    placed = {key for roles in places.values() for key in roles.values()}.union(norms.values(), without_effect)
+    return Recognised(
+        spelling=spelling,
+        modules=_of(TRANSFORMER, places),
+        text={
+            component: {parts[0].name: roles for parts, roles in of_one.items()}
+            for component in text_names.TEXT_ENCODERS
+            if (of_one := _of(component, places))
+        },
+        norms=norms,
+        without_effect=without_effect,
+        left_over=tuple(key for key in keys if key not in placed),
+    )
 
 
-def best_recognised(keys: list[str], spec: FluxSpec) -> Recognised:
-    """The spelling that leaves the fewest keys over."""
-    return min((recognise(keys, spelling, spec) for spelling in SPELLINGS), key=lambda found: len(found.unused))
+best_recognised = recognise  # the name that `gossamer inspect` knows it by
 
 
-def split_ending(key: str) -> tuple[str, Role | None]:
-    """The module part of a key and the role that its ending gives it; no role when the ending is unknown."""
+def _no_effect(key: str) -> str | None:
+    return next((reason for pattern, reason in WITHOUT_EFFECT if pattern.search(key)), None)
+
+
+def _claim_places(found: Mapping[str, tuple[_Module, Role]]) -> tuple[_Places, Spelling]:
+    """Give each key its place, unless another key has it or another module changes the same linear.
+
+    Where two keys want one place, the spelling that most of the file is in wins, and the other key is left out.
+    """
+    counts = Counter(module.spelling for module, _ in found.values())
+    places: _Places = {}
+    owners: dict[tuple[str, str], tuple[Part, ...]] = {}
+    for key, (module, role) in sorted(found.items(), key=lambda item: -counts[item[1][0].spelling]):
+        roles = places.setdefault((module.component, module.parts), {})
+        if role not in roles and all(
+            owners.setdefault(linear, module.parts) == module.parts for linear in module.linears
+        ):
+            roles[role] = key
+    most = counts.most_common(1)[0][0] if counts else SPELLINGS[0].name
+    return places, next(spelling for spelling in SPELLINGS if spelling.name == most)
+
+
+def _of(component: str, places: _Places) -> dict[tuple[Part, ...], Roles]:
+    """The places in one component that something fills, more than an alpha alone."""
+    return {parts: roles for (owner, parts), roles in places.items() if owner == component and roles.keys() - {"alpha"}}
+
+
+def _place(name: str, names: _Names) -> tuple[_Module, Role] | None:
+    """Module and role of a key without its prefix; more than one ending may fit, the module decides."""
     for ending, role in ENDINGS.items():
-        if key.endswith(ending):
-            return key.removesuffix(ending), role
-    return key, None
+        module = names.modules.get(name.removesuffix(ending)) if name.endswith(ending) else None
+        if module is not None:
+            return module, role
+    return None
 
 
-def _strip(name: str, prefixes: tuple[str, ...], known: Mapping[str, object]) -> str | None:
-    """The known name inside `name`, or None."""
-    candidates = (name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))
-    return next((candidate for candidate in candidates if candidate in known), None)
+def _names_for(key: str, spec: FluxSpec) -> tuple[_Names, str]:
+    """The names that can stand behind the key's prefix, and the key without the prefix."""
+    for prefix in UNDERSCORED_PREFIXES:
+        if key.startswith(prefix):
+            return _transformer_names(spec, underscored=True), _without_last_underscore(key.removeprefix(prefix))
+    for prefix, component in text_names.UNDERSCORED_PREFIXES.items():
+        if key.startswith(prefix):
+            return _text_names(component, underscored=True), _without_last_underscore(key.removeprefix(prefix))
+    name = _unwrapped(key)
+    for prefix, component in text_names.DOTTED_PREFIXES.items():
+        if name.startswith(prefix):
+            return _text_names(component, underscored=False), _unwrapped(name.removeprefix(prefix))
+    return _transformer_names(spec, underscored=False), name
+
+
+def _unwrapped(name: str) -> str:
+    while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), None):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _without_last_underscore(name: str) -> str:
+    """`context_embedder_.alpha` is one that trainers write for `context_embedder.alpha`."""
+    module, dot, ending = name.partition(".")
+    return module.removesuffix("_") + dot + ending
+
+
+@lru_cache(maxsize=8)
+def _transformer_names(spec: FluxSpec, underscored: bool) -> _Names:
+    chosen = [spelling for spelling in SPELLINGS if spelling.underscored == underscored]
+    return _Names(
+        modules={
+            name: _Module(spelling.name, TRANSFORMER, parts)
+            for spelling in chosen
+            for name, parts in spelling.modules(spec).items()
+        },
+        norms={name: norm for spelling in chosen for name, norm in spelling.norms(spec).items()},
+    )
+
+
+@lru_cache
+def _text_names(component: str, underscored: bool) -> _Names:
+    spelling, spell = ("kohya", kohya_name) if underscored else ("diffusers", str)
+    modules = {
+        spell(name): _Module(spelling, component, (Part(canonical),))
+        for name, canonical in text_names.text_modules(component).items()
+    }
+    return _Names(modules, {})

@@ -13,7 +13,8 @@ from safetensors.torch import save
 from gossamer.adapters.adapter import Adapter, LowRankTerm
 from gossamer.adapters.fused import join_terms
 from gossamer.adapters.peft_settings import KEY as PEFT_SETTINGS
-from gossamer.adapters.spelling import Role, Spelling, find_spelling
+from gossamer.adapters.spelling_tables import Role, Spelling, Written, find_written
+from gossamer.checkpoints.flux_names import kohya_name
 from gossamer.errors import AdapterError, OutputError
 
 
@@ -25,20 +26,23 @@ def write_adapter(
     `spelling` is "diffusers", "kohya" or "bfl"; `metadata` replaces the adapter's own free text. `alpha` is written
     where it differs from the rank, and always for kohya, whose readers expect it.
     """
-    tensors = adapter_tensors(adapter, find_spelling(spelling))
+    tensors = adapter_tensors(adapter, *find_written(spelling))
     texts = dict(adapter.metadata if metadata is None else metadata)
     texts.pop(PEFT_SETTINGS, None)  # their alphas are written beside the factors, and must not be said twice
     _write_whole(Path(path), save(tensors, {"format": "pt", **texts}))
 
 
-def adapter_tensors(adapter: Adapter, spelling: Spelling) -> dict[str, torch.Tensor]:
+def adapter_tensors(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
     """The tensors of the adapter's file, by key."""
-    prefix = spelling.prefixes[0]
+    prefix = written.prefix
+    terms: dict[str, LowRankTerm | None] = {
+        prefix + module: join_terms(adapter.terms, parts) for module, parts in spelling.modules(adapter.spec).items()
+    }
+    terms |= _text_terms(adapter, spelling, written)
     tensors: dict[str, torch.Tensor] = {}
-    for module, parts in spelling.modules(adapter.spec).items():
-        term = join_terms(adapter.terms, parts)
+    for module, term in terms.items():
         if term is not None:
-            tensors |= {f"{prefix}{module}{ending}": value for ending, value in _endings(term, spelling).items()}
+            tensors |= {module + ending: value for ending, value in _endings(term, spelling, written).items()}
     file_names = {name: file_name for file_name, name in spelling.norms(adapter.spec).items()}
     if adapter.replacements and not file_names:
         raise _cannot_say(spelling, "replaced norm scales")
@@ -47,23 +51,33 @@ def adapter_tensors(adapter: Adapter, spelling: Spelling) -> dict[str, torch.Ten
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-def _endings(term: LowRankTerm, spelling: Spelling) -> dict[str, torch.Tensor]:
+def _text_terms(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, LowRankTerm]:
+    named: dict[str, LowRankTerm] = {}
+    for component, terms in adapter.text.items():
+        if component not in written.text_prefixes:
+            raise _cannot_say(spelling, f"terms of the {component}")
+        for name, term in terms.items():
+            named[written.text_prefixes[component] + (kohya_name(name) if spelling.underscored else name)] = term
+    return named
+
+
+def _endings(term: LowRankTerm, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
     values: dict[Role, torch.Tensor] = {"down": term.down, "up": term.up}
     if term.bias is not None:
         values["bias"] = term.bias
-    if term.multiplier != 1 or spelling.always_writes_alpha:
+    if term.multiplier != 1 or written.always_alpha:
         values["alpha"] = torch.tensor(term.multiplier * term.rank, dtype=torch.float32)
-    missing = [role for role in values if role not in spelling.endings]
+    missing = [role for role in values if role not in written.endings]
     if missing:
         raise _cannot_say(spelling, f"a {missing[0]}")
-    return {spelling.endings[role]: value for role, value in values.items()}
+    return {written.endings[role]: value for role, value in values.items()}
 
 
 def _cannot_say(spelling: Spelling, what: str) -> AdapterError:
     return AdapterError(
         f"This adapter cannot be written in the spelling {spelling.name!r}.",
         f"It holds {what}, for which that spelling has no key.",
-        "Write it as 'diffusers' or 'bfl'.",
+        "Write it as 'diffusers', which can say all that an adapter holds.",
     )
 
 
