@@ -82,6 +82,13 @@ class Adapter:
         term = self.terms.get(INPUT_LAYER)
         return None if term is None else term.shape[1]
 
+    def unused_by_reason(self) -> dict[str, list[str]]:
+        """The keys that have no effect, under the reason why."""
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.unused.items():
+            reasons.setdefault(reason, []).append(key)
+        return reasons
+
     def without_text(self) -> Adapter:
         """The transformer's part alone, for use without the text encoders' terms."""
         return replace(self, text={})

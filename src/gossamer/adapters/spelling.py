@@ -111,9 +111,6 @@ def recognise(keys: list[str], spec: FluxSpec) -> Recognised:
     )
 
 
-best_recognised = recognise  # the name that `gossamer inspect` knows it by
-
-
 def _no_effect(key: str) -> str | None:
     return next((reason for pattern, reason in WITHOUT_EFFECT if pattern.search(key)), None)
 

@@ -38,6 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = {job: make(PaintOptions, {**paint, "prompt": job.prompt, "seed": job.seed}) for job in jobs}
     prepared = (prepare_with_control if "control" in paint else prepare)(loading)
     prepared.check(wanted[jobs[0]])
+    for named in prepared.adapters:
+        for reason, keys in named.adapter.unused_by_reason().items():
+            note(f"{named.choice.source}: {len(keys)} tensors have no effect, such as {keys[0]!r}: {reason}.")
     division = divide(jobs, lambda job: prepared.recipe(wanted[job]), options.overwrite)
     return _Session(options, prepared, wanted).finish(division.todo, division.done)
 

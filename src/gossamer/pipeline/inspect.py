@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gossamer.adapters.adapter import stated_base_model
 from gossamer.adapters.families import ADAPTER
-from gossamer.adapters.spelling import Recognised, best_recognised
+from gossamer.adapters.spelling import Recognised, recognise
 from gossamer.checkpoints import gguf_file
 from gossamer.checkpoints.flux_names import bfl_linears, bfl_norms
 from gossamer.checkpoints.layouts import MARKERS, TRANSFORMER, Layout, find_layout
@@ -123,7 +123,7 @@ def _parameters(entries: Iterable[TensorEntry]) -> int:
 
 def _adapter(tensors: Mapping[str, TensorEntry]) -> Inspection:
     keys = list(tensors)
-    found = best_recognised(keys, _spec_of(keys))
+    found = recognise(keys, _spec_of(keys))
     return Inspection(
         kind="adapter",
         layout=found.spelling.name,
@@ -131,7 +131,7 @@ def _adapter(tensors: Mapping[str, TensorEntry]) -> Inspection:
         total=len(keys),
         used=len(keys) - len(found.unused),
         unused=tuple(found.unused),
-        modules={TRANSFORMER: len(found.modules)},
+        modules={TRANSFORMER: len(found.modules), **{name: len(linears) for name, linears in found.text.items()}},
         ranks=_ranks(found, tensors),
         storage=Counter(entry.dtype for entry in tensors.values()),
         parameters=_parameters(tensors.values()),

@@ -73,6 +73,10 @@ class Pipeline:
         return dict(self._assembly.parts)
 
     @property
+    def _text_encoders(self) -> dict[str, Any]:
+        return {name: self._assembly.parts[name] for name in ("text_encoder", "text_encoder_2")}
+
+    @property
     def report(self) -> QuantizeReport:
         """What packing the transformer did, layer by layer."""
         return self._assembly.report
@@ -119,20 +123,20 @@ class Pipeline:
 
     def attach_named(self, named: NamedAdapter) -> None:
         """Attach an adapter that was read already."""
-        attach(self.transformer, named.adapter, named.name, named.choice.scale)
+        attach(self.transformer, named.adapter, named.name, named.choice.scale, self._text_encoders)
         self._adapters[named.name] = named
 
     def detach(self, name: str) -> None:
         """Remove an adapter; the weights are bit for bit what they were."""
         self._require(name)
-        detach(self.transformer, name)
+        detach(self.transformer, name, self._text_encoders)
         del self._adapters[name]
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change an adapter's strength for the pictures to come."""
         named = self._require(name)
         changed = LoraChoice(named.choice.source, scale)
-        set_scale(self.transformer, name, scale)
+        set_scale(self.transformer, name, scale, self._text_encoders)
         self._adapters[name] = NamedAdapter(name, changed, named.adapter)
 
     def _require(self, name: str) -> NamedAdapter:
