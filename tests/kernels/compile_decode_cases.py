@@ -1,34 +1,43 @@
 """Compile decode kernels to machine code for some chips, without a GPU: `python compile_decode_cases.py 80 90`.
 
 A script, not a test, because Triton compiles only in a process that was not started with its interpreter switched on.
-Prints one JSON line a kernel: its chip and case, the bytes of its binary and of its shared memory.
+Prints one JSON line a kernel: its chip and case, the bytes of its binary and of its shared memory, its barriers.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 
+import torch
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from gossamer.kernels import decode
+from gossamer.kernels.decode_gluon import gluon_decode_kernel
 from gossamer.kernels.decode_kernel import decode_kernel, row_scale_kernel
 from gossamer.kernels.decode_support import READABLE
 
 WIDTH = 3072
+BY_TRITON = (80, 90, 120)  # one chip of each kind of tensor core since Ampere; before it there is no other kernel
 PARTS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8"}
 OUTPUTS = {"bf16": ("*bf16", "float"), "fp16": ("*fp16", "float"), "fp32": ("*fp32", "float")}
 OUTPUTS |= {"fp8": ("*fp8e4nv", "fp8"), "int8": ("*i8", "int8")}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES |= {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
 @dataclass(frozen=True)
 class Case:
-    """`terms` is the type of the low-rank factors, or "" without any; `kernel` is decode or row_scale."""
+    """`terms` is the type of the low-rank factors, or "" without any; `kernel` is decode or row_scale.
+
+    `turned` asks for the transposed product, `by_triton` for the kernel whose layouts Triton chooses.
+    """
 
     storage: str
     output: str
@@ -37,6 +46,8 @@ class Case:
     even: bool = True
     ranks: int = 16
     later_ranks: bool = False
+    turned: bool = False
+    by_triton: bool = False
 
 
 def cases(chip: int) -> list[Case]:
@@ -52,6 +63,9 @@ def cases(chip: int) -> list[Case]:
         Case("Q4_K", half, half, even=False),
         Case("nf4-dq", "fp32", "fp32", ranks=64),
     ]
+    found += [Case(storage, byte, half, turned=True) for storage in ("nf4", "Q4_K", "Q8_0", "Q6_K") if chip >= 80]
+    if chip in BY_TRITON:
+        found += [Case(name, byte, terms, by_triton=True) for name in one_of_each_family() for terms in (half, "")]
     found += [Case("nf4", byte, half, "row_scale", ranks=32), Case("Q6_K", byte, "", "row_scale", even=False)]
     return found
 
@@ -75,19 +89,23 @@ def _stored_types(storage: str, chip: int) -> dict[str, str]:
     return types
 
 
-def _geometry(case: Case) -> decode.Geometry:
-    if case.kernel == "decode":
+def _geometry(case: Case, chip: int) -> decode.Geometry:
+    if case.kernel != "decode":
+        return decode.ROW_SCALE_WITH_TERMS if case.terms else decode.ROW_SCALE
+    if chip < 80 or case.terms == "fp32" or case.by_triton:
         return decode.WITH_TERMS if case.terms else decode.STORED_ONLY
-    return decode.ROW_SCALE_WITH_TERMS if case.terms else decode.ROW_SCALE
+    chosen = decode.chosen_geometry(case.storage, DTYPES[case.output], case.ranks if case.terms else 0)
+    return replace(chosen, rows=8, cols=512, down=4) if case.turned else chosen
 
 
-def source(case: Case, chip: int) -> ASTSource:
+def source(case: Case, geometry: decode.Geometry, chip: int) -> ASTSource:
     """The kernel as `decode` would launch it on a layer of FLUX: all sizes and addresses multiples of 16."""
-    fn = decode_kernel if case.kernel == "decode" else row_scale_kernel
+    decoding = case.kernel == "decode"
+    fn = (gluon_decode_kernel if geometry.run else decode_kernel) if decoding else row_scale_kernel
     pointer, output = OUTPUTS[case.output]
-    geometry, stored = _geometry(case), READABLE[case.storage]
+    stored = READABLE[case.storage]
     types = dict.fromkeys(("rows", "width", "stored_width", "row_bytes", "rank", "out_stride", "tiles_each"), "i32")
-    types |= {} if case.terms and fn is decode_kernel else {"tiles_each": "constexpr"}
+    types |= {} if case.terms and decoding else {"tiles_each": "constexpr"}
     types |= {"out": pointer} | _stored_types(case.storage, chip)
     types |= {"row_scale": "*fp32"} if output != "float" else {}
     types |= {"up": f"*{case.terms}", "down": f"*{case.terms}", "rank_scale": "*fp32"} if case.terms else {}
@@ -103,6 +121,9 @@ def source(case: Case, chip: int) -> ASTSource:
         "ROWS": geometry.rows,
         "COLS": geometry.cols,
         "STAGES": geometry.stages,
+        "RUN": geometry.run,
+        "KEPT": geometry.kept,
+        "DOWN": geometry.down,
         "tiles_each": 1,
         "EVEN": case.even,
     }
@@ -110,20 +131,25 @@ def source(case: Case, chip: int) -> ASTSource:
     constexprs = {(i,): constants.get(name) for i, name in enumerate(fn.arg_names) if signature[name] == "constexpr"}
     known = [i for i, name in enumerate(fn.arg_names) if signature[name] != "constexpr" and name != "tiles_each"]
     aligned = {(i,): [["tt.divisibility", 16]] for i in known}
-    return ASTSource(fn, signature, constexprs, aligned)
+    return (GluonASTSource if geometry.run else ASTSource)(fn, signature, constexprs, aligned)
 
 
-def compiled(case: Case, chip: int):
+def compiled(case: Case, chip: int, geometry: decode.Geometry | None = None):
     """The compiled kernel of a case."""
-    geometry = _geometry(case)
-    options = {"num_warps": geometry.warps, "num_stages": 1, "enable_fp_fusion": False}
+    geometry = geometry or _geometry(case, chip)
+    options = {"num_warps": geometry.warps, "enable_fp_fusion": False}
+    options |= {} if geometry.run else {"num_stages": 1}
     options |= {} if geometry.registers is None else {"maxnreg": geometry.registers}
-    return compile_kernel(source(case, chip), target=GPUTarget("cuda", chip, 32), options=options)
+    return compile_kernel(source(case, geometry, chip), target=GPUTarget("cuda", chip, 32), options=options)
 
 
 if __name__ == "__main__":
     for chip in map(int, sys.argv[1:]):
         for wanted in cases(chip):
             kernel = compiled(wanted, chip)
+            ptx = kernel.asm["ptx"]
             facts = {"binary_bytes": len(kernel.asm["cubin"]), "shared_bytes": kernel.metadata.shared}
+            # those before the first product belong to the preparation of a program
+            facts |= {"barriers": ptx[max(0, ptx.find("mma.sync")) :].count("bar.sync")}
+            facts |= {"gluon": ".visible .entry gluon" in ptx, "products": ptx.count("mma.sync")}
             print(json.dumps({"chip": chip, **asdict(wanted), **facts}), flush=True)

@@ -48,3 +48,11 @@ def test_every_format_compiles_for(kernels, chip):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_shared_memory_suffices_on(kernels, chip):
     assert max(kernel["shared_bytes"] for kernel in kernels[chip]) <= SHARED_BYTES.get(chip, 166912)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_no_value_changes_threads_in_the_loop_of_the_gluon_kernel_on(kernels, chip):
+    found = [kernel for kernel in kernels[chip] if kernel["gluon"] and not kernel["later_ranks"]]
+    assert len(found) >= (0 if chip < 80 else len(READABLE))
+    assert not [kernel for kernel in found if kernel["barriers"]]
+    assert all(bool(kernel["products"]) == bool(kernel["terms"]) for kernel in found)

@@ -330,6 +330,6 @@ def test_bytes_that_the_kernels_cannot_read_are_refused():
     refuses(pack(weight_of(2, 96), "nf4"), poisoned(2, 96), match="blocks of 64")
     packed = pack(weight_of(2, 256), "Q4_K")
     blocks = torch.zeros(packed.nbytes + 1, dtype=torch.uint8, device=DEVICE)[1:].view(2, -1)
-    refuses(Packed("Q4_K", {"blocks": blocks}, (2, 256)), poisoned(2, 256), match="multiples of four")
+    refuses(Packed("Q4_K", {"blocks": blocks}, (2, 256)), poisoned(2, 256), match="multiples of eight")
     wide = torch.zeros(2, 512, device=DEVICE)[:, ::2]
     refuses(Packed("fp32", {"values": wide}, (2, 256)), poisoned(2, 256), match="contiguous")

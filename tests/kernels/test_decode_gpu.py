@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gossamer.formats import Packed, pack, unpack
-from gossamer.kernels.decode import decode, measure_row_scale
+from gossamer.kernels.decode import Geometry, chosen_geometry, decode, decode_by, measure_row_scale
 from gossamer.kernels.decode_reference import effective_weight, round_to, row_scales
 from gossamer.kernels.decode_support import READABLE, has_fp8
 from gossamer.kernels.low_rank import StackedTerms, stack_terms
@@ -62,6 +64,27 @@ def test_low_rank_terms_in_every_type_of_factor(storage, dtype):
     terms = terms_on_gpu(130, 768, 16, 4, 64, dtype=dtype)
     decode(packed.to("cuda"), out, terms)
     torch.testing.assert_close(out.cpu(), effective_weight(packed, 768, on_cpu(terms)), rtol=1e-5, atol=1e-6)
+
+
+def geometries(storage: str) -> list[Geometry]:
+    """What is chosen for an output of one byte and of two, and the transposed product."""
+    short, long = (chosen_geometry(storage, dtype, 16) for dtype in (torch.float8_e4m3fn, torch.bfloat16))
+    # lanes that look levels up lie side by side, so that a thread's further columns are 64 apart
+    turned = [replace(g, cols=512, kept=64 if g.run == 8 else 0, down=4) for g in (short, long)]
+    return [short, long, replace(turned[0], rows=8), turned[1]]
+
+
+@pytest.mark.parametrize("ranks", [(4,), (20,), (64,), (64, 64)])
+@pytest.mark.parametrize("width", [768, 832])
+@pytest.mark.parametrize("storage", READABLE)
+def test_terms_in_every_geometry(storage, width, ranks):
+    packed, terms = packed_on_cpu(storage, 45, 768), terms_on_gpu(45, width, *ranks)
+    expected = effective_weight(packed, width, on_cpu(terms))
+    for geometry in geometries(storage):
+        out = poisoned(48, width, torch.float32)
+        decode_by(geometry, packed.to("cuda"), out[:45], terms, None, 2)
+        torch.testing.assert_close(out[:45].cpu(), expected, rtol=1e-5, atol=1e-6)
+        assert out[45:].isnan().all()
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "nf4", "Q4_K"])

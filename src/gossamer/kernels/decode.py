@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from gossamer.errors import InvalidOptionError, UnsupportedShapeError
 from gossamer.formats import Packed
@@ -17,6 +18,11 @@ from gossamer.kernels.decode_kernel import decode_kernel, row_scale_kernel
 from gossamer.kernels.decode_reference import FLOAT_TYPES, LARGEST_CODE
 from gossamer.kernels.decode_support import READABLE, has_fp8, require_decodable, stored_parts
 from gossamer.kernels.low_rank import StackedTerms, rank_step
+
+# Gluon before Triton 3.6, such as the one that comes with torch 2.9, lacks the products of Ampere
+HAS_GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+if HAS_GLUON:
+    from gossamer.kernels.decode_gluon import gluon_decode_kernel
 
 BF16_CAPABILITY = (8, 0)
 OUTPUTS = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
@@ -27,6 +33,8 @@ class Geometry:
     """Tile of a program, its warps, the tiles whose loads overlap, and the most registers of a thread.
 
     `programs` is about how many of them a multiprocessor gets: their tiles follow from it. None stands for one tile.
+    With a `run` the kernel is `decode_gluon`'s: neighbours of a thread in a row, further bits of a column that are a
+    thread's own, and lanes that have rows of their own: 8 for terms, or 4 with transposed factors.
     """
 
     rows: int
@@ -35,16 +43,19 @@ class Geometry:
     stages: int = 1
     registers: int | None = None
     programs: int | None = None
+    run: int = 0
+    kept: int = 0
+    down: int = 1
 
 
 # 32 values a thread: four 16-byte stores of bf16 in flight, and runs of 512 values that are written side by side.
 STORED_ONLY = Geometry(8, 512, 4)
-# 64 rows are what Hopper's tensor cores multiply at a time; 64 values and at most 128 registers a thread leave four
-# programs on a multiprocessor, so that one computes while others wait for their codes. The layer is done in two rounds.
+# Before Ampere, and for float32 factors. 64 rows are what Hopper's tensor cores multiply at a time; 64 values and at
+# most 128 registers a thread leave four programs on a multiprocessor: one computes while others wait for their codes.
 WITH_TERMS = Geometry(64, 128, 4, registers=128, programs=8)
 ROW_SCALE = Geometry(4, 512, 4)
-# A program has whole rows: three of eight warps on a multiprocessor hold all rows of the widest layer at once.
-ROW_SCALE_WITH_TERMS = Geometry(64, 64, 8, registers=80)
+# A program has whole rows: two of eight warps on a multiprocessor hold all rows of the widest layer at once.
+ROW_SCALE_WITH_TERMS = Geometry(64, 128, 8, registers=128)
 
 
 class _Layout(NamedTuple):
@@ -70,6 +81,7 @@ def decode(
     `row_scale` is read, not written: `measure_row_scale` fills it, once for as long as weight and terms stay the same.
     A larger scale, such as a sum of bounds, is as good for fp8, whose step follows the value; codes beyond saturate.
     """
+    # the kernel of `decode_gluon`, which `chosen_geometry` stands for, has not run on a chip yet: by name only
     decode_by(STORED_ONLY if terms is None else WITH_TERMS, packed, out, terms, row_scale)
 
 
@@ -85,21 +97,33 @@ def decode_by(
     _require_output(packed, out, row_scale)
     rows, width = out.shape
     layout = _layout(packed, width, terms)
-    static = _static(layout, geometry)
+    static = _static(layout, geometry, OUTPUTS.get(out.dtype, "float"))
     stored = _stored(packed, out, terms)
     tiles_each = tiles_each or _tiles_each(layout, geometry)
-    programs = -(-rows // (tiles_each * geometry.rows)) * -(-width // geometry.cols)
+    across, programs = -(-width // geometry.cols), -(-rows // (tiles_each * geometry.rows))
+    grid = (across, programs) if geometry.run else (across * programs,)
+    kernel = gluon_decode_kernel if geometry.run else decode_kernel
     with torch.cuda.device_of(out):
-        decode_kernel[(programs,)](
-            out,
-            row_scale,
-            *stored,
-            *_sizes(layout),
-            out.stride(0),
-            tiles_each,
-            OUTPUT=OUTPUTS.get(out.dtype, "float"),
-            **static,
-        )
+        kernel[grid](out, row_scale, *stored, *_sizes(layout), out.stride(0), tiles_each, **static)
+
+
+def chosen_geometry(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
+    """The geometry from Ampere on, for low-rank factors of 16 bits; 0 ranks stand for none.
+
+    A thread writes up to 16 bytes at a time, and reads no code twice: fields of a super-block share their bytes.
+    Factors stay in registers, 64 ranks of `down` in half of those that a thread may have.
+    """
+    family, short = READABLE[storage].family, dtype.itemsize == 1
+    run = 16 if short and family in ("four_bit", "legacy") else 8
+    if rank:
+        kept = {8: 64 if family == "k16" else 32, 16: 0}[run]
+        registers, programs = (128, 4) if rank_step(rank) == 64 else (None, 6)
+        return Geometry(16, 256, 4, registers=registers, programs=programs, run=run, kept=kept, down=8)
+    if family == "k16":
+        return Geometry(16, 512, 4, run=8, kept=96, down=2)
+    if family == "k32":
+        return Geometry(16, 512, 4, run=8, kept=0 if storage == "IQ4_XS" else 32)
+    return Geometry(16, 512, 4, run=run) if family in ("four_bit", "legacy") else STORED_ONLY
 
 
 def measure_row_scale(
@@ -142,24 +166,27 @@ def _layout(packed: Packed, width: int, terms: StackedTerms | None) -> _Layout:
 
 
 @cache
-def _static(layout: _Layout, geometry: Geometry) -> dict[str, Any]:
+def _static(layout: _Layout, geometry: Geometry, output: str = "") -> dict[str, Any]:
     """The static choices and options of a launch, once a layout. Products and sums must not fuse: it changes bits."""
     known = READABLE[layout.storage]
     ranks = rank_step(layout.rank) if layout.rank else 0
-    options = {} if geometry.registers is None else {"maxnreg": geometry.registers}
+    options: dict[str, Any] = {} if geometry.registers is None else {"maxnreg": geometry.registers}
+    if output:
+        options["OUTPUT"] = output
+    if geometry.run:
+        options |= {"RUN": geometry.run, "KEPT": geometry.kept, "DOWN": geometry.down}
+    else:
+        options |= {"PRECISION": _precision(layout), "STAGES": geometry.stages, "num_stages": 1}
     return {
         "FAMILY": known.family,
         "FORMAT": known.name,
         "BYTES": known.block_bytes,
         "RANKS": ranks,
         "LATER_RANKS": layout.rank > ranks,
-        "PRECISION": _precision(layout),
         "ROWS": geometry.rows,
         "COLS": geometry.cols,
-        "STAGES": geometry.stages,
         "EVEN": layout.width == layout.shape[1] and layout.width % geometry.cols == 0,
         "num_warps": geometry.warps,
-        "num_stages": 1,
         "enable_fp_fusion": False,
         **options,
     }
@@ -222,10 +249,11 @@ def _require_width(packed: Packed, width: int, terms: StackedTerms | None) -> No
 
 def _require_memory(packed: Packed, codes: torch.Tensor) -> None:
     apart = any(not tensor.is_contiguous() for tensor in packed.tensors.values())
-    if apart or codes.data_ptr() % 4:
+    word, name = (8, "eight") if packed.format in ("Q4_K", "Q5_K") else (4, "four")
+    if apart or codes.data_ptr() % word:
         raise InvalidOptionError(
             f"The bytes of a {packed.format} weight do not lie in memory as the decode kernels read them.",
-            "They read contiguous tensors in words of four bytes, from addresses that are multiples of four.",
+            f"They read contiguous tensors in words of {name} bytes, from addresses that are multiples of {name}.",
             "Copy the tensors with .contiguous() or .clone() when they are views of a file or of a larger buffer.",
         )
 

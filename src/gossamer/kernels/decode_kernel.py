@@ -9,6 +9,9 @@ tensor cores begin to add to, so that a tile has one set of accumulators and not
 A program of `decode_kernel` keeps its columns and goes down the rows: `down` is read, scaled and laid out once, and a
 tile costs what its codes and a few rows of `up` cost. Without terms nothing is kept, and a program has one tile.
 
+`decode_gluon` has the first kernel once more, with layouts of its own. The one here serves Turing, float32 factors,
+formats without blocks while there are no terms, and Triton's interpreter, which checks the loaders that both share.
+
 Two launches, not one kernel that reads its rows twice: a row's scale stays valid until an adapter changes, so a step
 usually needs the first kernel alone, and its tiles then spread evenly over the chip whatever the shape of the matrix.
 When both run, the codes of the second come from L2 (33 MB of NF4 for the widest FLUX layer, 50 MB of L2 on an H200).
@@ -19,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gossamer.kernels.decode_tiles import steps
 from gossamer.kernels.decode_tiles_four_bit import four_bit_tile
 from gossamer.kernels.decode_tiles_k import k16_tile, k32_tile
 from gossamer.kernels.decode_tiles_legacy import legacy_tile
@@ -29,14 +33,15 @@ _ROUND_MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _stored_tile(
+def stored_tile(
     codes: tl.tensor,
     scale: tl.tensor,
     nested_scale: tl.tensor,
     nested_offset: tl.tensor,
     levels: tl.tensor,
     nested_levels: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
     row_bytes: tl.tensor,
@@ -46,40 +51,42 @@ def _stored_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
+    RUN: tl.constexpr,
 ) -> tl.tensor:
     """Float32 weights (ROWS, COLS) of the stored matrix of `width` columns; undefined beyond its last column."""
     if FAMILY == "plain":
-        tile = plain_tile(codes, row, first, width, COLS, EVEN)
+        tile = plain_tile(codes, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "int8":
-        tile = int8_tile(codes, scale, row, first, width, COLS, EVEN)
+        tile = int8_tile(codes, scale, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "fp8":
-        tile = fp8_tile(codes, scale, row, first, width, COLS, EVEN)
+        tile = fp8_tile(codes, scale, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "fp8_e5m2":
-        tile = fp8_e5m2_tile(codes, scale, row, first, width, COLS, EVEN)
+        tile = fp8_e5m2_tile(codes, scale, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "four_bit":
         tile = four_bit_tile(
             codes, scale, nested_scale, nested_offset, levels, nested_levels,
-            row, first, width, nested_levels is not None, ROWS, COLS, EVEN,
+            begin, rows, first, width, nested_levels is not None, ROWS, COLS, EVEN, RUN,
         )  # fmt: skip
     elif FAMILY == "legacy":
-        tile = legacy_tile(codes, levels, row, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN)
+        tile = legacy_tile(codes, levels, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN)
     elif FAMILY == "k16":
-        tile = k16_tile(codes, row, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN)
+        tile = k16_tile(codes, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN)
     else:
         tl.static_assert(FAMILY == "k32")
-        tile = k32_tile(codes, levels, row, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN)
+        tile = k32_tile(codes, levels, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN)
     return tile
 
 
 @triton.jit
-def _base_tile(
+def base_tile(
     codes: tl.tensor,
     scale: tl.tensor,
     nested_scale: tl.tensor,
     nested_offset: tl.tensor,
     levels: tl.tensor,
     nested_levels: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     stored_width: tl.tensor,
     row_bytes: tl.tensor,
@@ -89,16 +96,17 @@ def _base_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
+    RUN: tl.constexpr,
 ) -> tl.tensor:
     """Float32 stored weights (ROWS, COLS), zero beyond their own width."""
-    tile = _stored_tile(
+    tile = stored_tile(
         codes, scale, nested_scale, nested_offset, levels, nested_levels,
-        row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
+        begin, rows, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, RUN,
     )  # fmt: skip
     if EVEN:
         return tile
     else:
-        return tl.where((first + tl.arange(0, COLS) < stored_width)[None, :], tile, 0.0)
+        return tl.where((first + steps(COLS) < stored_width)[None, :], tile, 0.0)
 
 
 @triton.jit
@@ -146,7 +154,7 @@ def _add_later_ranks(
 
 
 @triton.jit
-def _rounded(tile: tl.tensor, dtype: tl.constexpr, OUTPUT: tl.constexpr) -> tl.tensor:
+def rounded(tile: tl.tensor, dtype: tl.constexpr, OUTPUT: tl.constexpr) -> tl.tensor:
     """`tile` in the type of the output."""
     if OUTPUT == "int8":
         return (tl.clamp(tile, -127.0, 127.0) + _ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
@@ -203,9 +211,10 @@ def decode_kernel(
             left = _up_tile(up, row, 0, rank, RANKS)
         if OUTPUT != "float":
             unit = tl.load(row_scale + row)
-        tile = _base_tile(
+        tile = base_tile(
             codes, scale, nested_scale, nested_offset, levels, nested_levels,
-            row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
+            begin + index * ROWS, rows, first, stored_width, row_bytes,
+            FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, 0,
         )  # fmt: skip
         if up is not None:
             tile = tl.dot(left, right, tile, input_precision=PRECISION)
@@ -213,7 +222,7 @@ def decode_kernel(
                 tile = _add_later_ranks(tile, up, down, rank_scale, row, col, width, rank, RANKS, PRECISION, EVEN)
         if OUTPUT != "float":
             tile *= tl.div_rn(1.0, unit)[:, None]
-        value = _rounded(tile, out.dtype.element_ty, OUTPUT)
+        value = rounded(tile, out.dtype.element_ty, OUTPUT)
         pointer = out + wanted.to(tl.int64)[:, None] * out_stride + col[None, :]
         tl.store(pointer, value, mask=(wanted < rows)[:, None] & (col < width)[None, :])
 
@@ -255,9 +264,10 @@ def row_scale_kernel(
         left = _up_tile(up, row, 0, rank, RANKS)
     for first in tl.range(0, width, COLS, num_stages=STAGES):
         col = first + tl.arange(0, COLS)
-        tile = _base_tile(
+        tile = base_tile(
             codes, scale, nested_scale, nested_offset, levels, nested_levels,
-            row, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN,
+            tl.program_id(0) * ROWS, rows, first, stored_width, row_bytes,
+            FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, 0,
         )  # fmt: skip
         if up is not None:
             right = _down_tile(down, rank_scale, 0, col, width, RANKS, EVEN)

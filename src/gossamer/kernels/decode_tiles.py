@@ -1,8 +1,12 @@
 """What the tile loaders of every storage format share: masks, exact small integers, half-precision scales.
 
-A loader returns the float32 weights (ROWS, COLS) of the tile whose rows are `row` (already clamped to the matrix) and
-whose first column is `first`, a multiple of COLS. It rounds in the same places as the reference in `gossamer.formats`,
+A loader returns the float32 weights (ROWS, COLS) of the tile whose first row is `begin`, of `rows` in all, and whose
+first column is `first`, a multiple of COLS. It rounds in the same places as the reference in `gossamer.formats`,
 so both agree bit for bit when kernels are compiled with `enable_fp_fusion=False`.
+
+Loaders are written for two languages: Triton, which chooses a layout for each step, and Gluon, where the kernel states
+the layout of the weights alone and all others follow from it backwards. An index then has one layout, so every load
+makes its own indices with `steps` and `tile_rows`, and none is used for two loads of different shapes.
 
 Codes are read as words of WORD bytes, as large as the alignment of the block allows, and masked and combined a word at
 a time; bytes are taken apart last. Words are addressed in the order in which their elements are written, so that a
@@ -16,27 +20,53 @@ for memory once a load.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from triton import knobs
 
 # 2^23: the float32 whose lowest fraction bit is worth 1, so that OR-ing a small integer into it adds that integer
 _MAGIC_BITS = tl.constexpr(0x4B000000)
 _MAGIC = tl.constexpr(8388608.0)
 
 
+if knobs.runtime.interpret:
+
+    @triton.jit
+    def steps(COUNT: tl.constexpr) -> tl.tensor:
+        """0 .. COUNT - 1."""
+        return tl.arange(0, COUNT)
+
+else:
+
+    @tl.core.builtin
+    def steps(count: tl.constexpr, _semantic: Any = None) -> tl.tensor:
+        """0 .. count - 1, in Triton and in Gluon, where the layout is left open."""
+        count = tl.core._unwrap_if_constexpr(count)
+        in_gluon = hasattr(_semantic, "set_auto_layout")
+        return _semantic.arange(0, count, None) if in_gluon else _semantic.arange(0, count)
+
+
+@triton.jit
+def tile_rows(begin: tl.tensor, rows: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """The rows (ROWS,) of the tile that begins at row `begin`, counted from there and clamped to the matrix."""
+    return tl.minimum(steps(ROWS), rows - 1 - begin)
+
+
+@triton.jit
+def row_starts(base: tl.tensor, begin: tl.tensor, rows: tl.tensor, stride: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """Pointers (ROWS,) to the tile's rows, `stride` elements apart; in 64 bits only where a program's rows share it."""
+    return base + begin.to(tl.int64) * stride + tile_rows(begin, rows, ROWS) * stride
+
+
 @triton.jit
 def whole(start: tl.tensor, width: tl.tensor, EVEN: tl.constexpr) -> tl.tensor:
     """Which elements or blocks, by their first column, lie inside the matrix; all of them when COLS divides it."""
     if EVEN:
-        return tl.full(start.shape, True, tl.int1)
+        return start == start  # folded, and so are the masks
     else:
         return start < width
-
-
-@triton.jit
-def row_starts(blocks: tl.tensor, row: tl.tensor, row_bytes: tl.tensor) -> tl.tensor:
-    """Pointers (ROWS,) to the first byte of each row, in 64 bits: a matrix may be larger than 2 GiB."""
-    return blocks + row.to(tl.int64) * row_bytes
 
 
 @triton.jit
@@ -58,40 +88,90 @@ def load_byte(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def load_words(start: tl.tensor, offset: tl.tensor, inside: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
-    """Words of WORD bytes at `start` (ROWS, subs) + `offset` (1, subs or 1, words): (ROWS, subs, words)."""
+def word_pointer(pointer: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
+    """A pointer to bytes as one to words of WORD bytes."""
     if WORD == 4:
-        pointer = (start[:, :, None] + offset).to(tl.pointer_type(tl.int32))
+        return pointer.to(tl.pointer_type(tl.int32))
     else:
         tl.static_assert(WORD == 2)
-        pointer = (start[:, :, None] + offset).to(tl.pointer_type(tl.uint16))
+        return pointer.to(tl.pointer_type(tl.uint16))
+
+
+@triton.jit
+def load_words(start: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, WORD: tl.constexpr) -> tl.tensor:
+    """COUNT words of WORD bytes from each of `start` (ROWS, parts) on: (ROWS, parts, COUNT)."""
+    pointer = word_pointer(start, WORD)[:, :, None] + steps(COUNT)[None, None, :]
     return tl.load(pointer, mask=inside[:, :, None], other=0)
 
 
 @triton.jit
-def word_starts(LENGTH: tl.constexpr, WORD: tl.constexpr) -> tl.tensor:
-    """Byte offsets (1, 1, words) of the words of LENGTH bytes."""
-    return tl.arange(0, LENGTH // WORD)[None, None, :] * WORD
-
-
-@triton.jit
 def bytes_of(word: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
-    """The bytes of int32 words (ROWS, subs, words), lowest first: int32 (ROWS, subs, words * WORD)."""
-    each = (word[:, :, :, None] >> (tl.arange(0, WORD) * 8)[None, None, None, :]) & 255
-    return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2] * WORD))
+    """The bytes of int32 words (..., parts, words), lowest first: int32 (..., parts, words * WORD)."""
+    if len(word.shape) == 3:
+        each = (word[:, :, :, None] >> (steps(WORD) * 8)[None, None, None, :]) & 255
+        return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2] * WORD))
+    else:
+        each = (word[:, :, :, :, None] >> (steps(WORD) * 8)[None, None, None, None, :]) & 255
+        return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2], word.shape[3] * WORD))
+
+
+if knobs.runtime.interpret:
+
+    @triton.jit
+    def byte_float(word: tl.tensor, which: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
+        """Byte number `which` of int32 words, less OFFSET, as float32."""
+        return exact_float((word >> (which * 8)) & 255, OFFSET)
+
+else:
+
+    @triton.jit
+    def byte_float(word: tl.tensor, which: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
+        """Byte number `which` of int32 words, less OFFSET, as float32: as `exact_float`, in one permutation less."""
+        magic = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0x4B000000, $2;",  # the wanted byte, two zeros, the exponent
+            "=f,r,r",
+            [word, which + 0x7540],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        return magic - (_MAGIC + OFFSET)
 
 
 @triton.jit
-def load_levels(levels: tl.tensor) -> tl.tensor:
-    """The table of `look_up`: sixteen float32 values."""
-    return tl.load(levels + tl.arange(0, 16))
+def float_bytes(word: tl.tensor, WORD: tl.constexpr, OFFSET: tl.constexpr) -> tl.tensor:
+    """`bytes_of` as float32, less OFFSET."""
+    if len(word.shape) == 3:
+        each = byte_float(word[:, :, :, None], steps(WORD)[None, None, None, :], OFFSET)
+        return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2] * WORD))
+    else:
+        each = byte_float(word[:, :, :, :, None], steps(WORD)[None, None, None, None, :], OFFSET)
+        return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2], word.shape[3] * WORD))
 
 
 @triton.jit
-def look_up(table: tl.tensor, code: tl.tensor) -> tl.tensor:
-    """Values of a table of sixteen, by codes 0..15 of any shape.
+def look_up(levels: tl.tensor, code: tl.tensor, RUN: tl.constexpr) -> tl.tensor:
+    """Values of a table of sixteen, by int32 codes of any shape whose low four bits count.
 
-    A gather goes through shared memory: its addresses have 32 bits, which saves two instructions an element.
+    In Triton `levels` is a pointer and RUN 0; a gather goes through shared memory, whose addresses have 32 bits.
+    In Gluon every lane has one entry, `levels` (1, lanes down, 1, lanes across, 1), and asks another lane for its own;
+    RUN is how many neighbours of a row, in the order of `code`, a lane has.
     """
-    flat = tl.reshape(code, (code.numel,))
-    return tl.reshape(tl.gather(table, flat, 0), code.shape)
+    if RUN == 0:
+        flat = tl.reshape(code & 15, (code.numel,))
+        return tl.reshape(tl.gather(tl.load(levels + tl.arange(0, 16)), flat, 0), code.shape)
+    else:
+        DOWN: tl.constexpr = levels.shape[1]
+        ACROSS: tl.constexpr = levels.shape[3]
+        ROWS: tl.constexpr = code.shape[0]
+        spread: tl.constexpr = (ROWS // DOWN, DOWN, code.numel // (ROWS * ACROSS * RUN), ACROSS, RUN)
+        # lanes 16 to 31 have the table once more, so that the fifth bit of a lane's number may be anything
+        value = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+            "=f,f,r",
+            [levels, tl.reshape(code, spread)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        return tl.reshape(value, code.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.kernels.decode_tiles import load_byte, load_levels, look_up, whole
+from gossamer.kernels.decode_tiles import load_byte, look_up, row_starts, steps, tile_rows, whole
 
 
 @triton.jit
@@ -19,31 +19,32 @@ def four_bit_tile(
     nested_offset: tl.tensor,
     levels: tl.tensor,
     nested_levels: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
     NESTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
+    RUN: tl.constexpr,
 ) -> tl.tensor:
     """w = levels[code] * absmax[block]; absmax = nested_levels[absmax] * nested_scale + nested_offset when NESTED."""
-    table = load_levels(levels)
-    word = first // 8 + tl.arange(0, COLS // 8)
-    inside = whole(word * 8, width, EVEN)[None, :]
-    words = codes.to(tl.pointer_type(tl.int32)) + row.to(tl.int64)[:, None] * (width // 8) + word[None, :]
-    packed = tl.load(words, mask=inside, other=0)
-    group = first // 64 + tl.arange(0, COLS // 64)
-    block = row.to(tl.int64)[:, None] * (width // 64) + group[None, :]
-    inside_group = whole(group * 64, width, EVEN)[None, :]
+    word = first // 8 + steps(COLS // 8)
+    words = row_starts(codes.to(tl.pointer_type(tl.int32)), begin, rows, width // 8, ROWS)
+    packed = tl.load(words[:, None] + word[None, :], mask=whole(word * 8, width, EVEN)[None, :], other=0)
+    group = first // 64 + steps(COLS // 64)
+    inside = whole(group * 64, width, EVEN)[None, :]
+    block = row_starts(absmax, begin, rows, width // 64, ROWS)[:, None] + group[None, :]
     if NESTED:
-        difference = tl.load(nested_levels + load_byte(absmax + block, inside_group).to(tl.int32))
-        largest = difference * tl.load(nested_scale + block // 256, mask=inside_group, other=0.0)
+        difference = tl.load(nested_levels + load_byte(block, inside).to(tl.int32))
+        number = (begin + tile_rows(begin, rows, ROWS)).to(tl.int64)[:, None] * (width // 64) + group[None, :]
+        largest = difference * tl.load(nested_scale + number // 256, mask=inside, other=0.0)
         largest += tl.load(nested_offset)
     else:
-        largest = tl.load(absmax + block, mask=inside_group, other=0.0)
+        largest = tl.load(block, mask=inside, other=0.0)
 
     # bytes come lowest first, and in a byte the high four bits: shifts 4, 0, 12, 8, ...
-    place = tl.arange(0, 8)[None, None, :] ^ 1
-    value = look_up(table, (packed[:, :, None] >> (place * 4)) & 15)
+    place = steps(8)[None, None, :] ^ 1
+    value = look_up(levels, packed[:, :, None] >> (place * 4), RUN)
     return tl.reshape(tl.reshape(value, (ROWS, COLS // 64, 64)) * largest[:, :, None], (ROWS, COLS))

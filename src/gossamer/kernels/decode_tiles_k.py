@@ -1,7 +1,8 @@
 """Tiles of the GGUF types with super-blocks of 256: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and IQ4_XS.
 
-Layouts are tabled in `formats/gguf/k_unpack.py`, `k_scales.py` and `iq4.py`. A tile is worked on as (ROWS, sub-blocks,
-16 or 32), so that a sub-block's scale is put together once a thread and sub-block. COLS may be a part of a super-block.
+Layouts are tabled in `formats/gguf/k_unpack.py`, `k_scales.py` and `iq4.py`. Codes are taken apart as (ROWS, parts,
+fields, 32), where the fields of a part share their bytes, and scaled as (ROWS, sub-blocks, 16 or 32), so that a
+sub-block's scale is put together once a thread and sub-block. COLS may be a part of a super-block, 128 at least.
 """
 
 from __future__ import annotations
@@ -10,32 +11,79 @@ import triton
 import triton.language as tl
 
 from gossamer.kernels.decode_tiles import (
-    bytes_of,
+    byte_float,
     exact_float,
+    float_bytes,
     load_byte,
     load_half,
-    load_levels,
     load_words,
     look_up,
     row_starts,
+    steps,
     whole,
-    word_starts,
 )
 from gossamer.kernels.decode_tiles_legacy import nibbles
 
 
 @triton.jit
-def _q4_scales(block: tl.tensor, sub: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """Six-bit scales and minimums (ROWS, subs) of Q4_K and Q5_K, times d and dmin: both float32."""
-    first = load_byte(block + 4 + sub % 4, inside)
-    second = load_byte(block + 8 + sub % 4, inside)
-    last = load_byte(block + 12 + sub % 4, inside)
-    unit, minimum_unit = load_half(block, inside), load_half(block + 2, inside)
-    first, second, last = first.to(tl.int32), second.to(tl.int32), last.to(tl.int32)
-    early = sub < 4
-    scale = tl.where(early, first & 63, (last & 15) | ((first >> 2) & 48))
-    minimum = tl.where(early, second & 63, (last >> 4) | ((second >> 2) & 48))
-    return exact_float(scale, 0) * unit.to(tl.float32), exact_float(minimum, 0) * minimum_unit.to(tl.float32)
+def _part(first: tl.tensor, SIZE: tl.constexpr, COLS: tl.constexpr) -> tl.tensor:
+    """Number in its super-block (1, parts) of each part of SIZE columns."""
+    return ((first // SIZE + steps(COLS // SIZE)) % (256 // SIZE))[None, :]
+
+
+@triton.jit
+def _blocks(
+    blocks: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
+    first: tl.tensor,
+    row_bytes: tl.tensor,
+    SIZE: tl.constexpr,
+    BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> tl.tensor:
+    """Pointers (ROWS, parts) to the super-blocks of the parts of SIZE columns."""
+    part = first // SIZE + steps(COLS // SIZE)
+    return row_starts(blocks, begin, rows, row_bytes, ROWS)[:, None] + (part // (256 // SIZE) * BYTES)[None, :]
+
+
+@triton.jit
+def _inside(
+    first: tl.tensor, width: tl.tensor, SIZE: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr
+) -> tl.tensor:
+    return whole((first // SIZE + steps(COLS // SIZE)) * SIZE, width, EVEN)[None, :]
+
+
+@triton.jit
+def _load_pair(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """The eight bytes at an address that is a multiple of eight."""
+    return tl.load(pointer.to(tl.pointer_type(tl.int64)), mask=mask, other=0)
+
+
+@triton.jit
+def _half_of(word: tl.tensor) -> tl.tensor:
+    """The float16 in the low 16 bits of an integer, as float32."""
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _q4_scales(early: tl.tensor, late: tl.tensor, pair: tl.tensor) -> tl.tensor:
+    """Six-bit scales and minimums (ROWS, pairs, 2) of Q4_K and Q5_K, times d and dmin: both float32.
+
+    `early` and `late` are the two halves of the first sixteen bytes of the super-block: d, dmin and twelve bytes.
+    Both sub-blocks of a pair are worked on at once, in the two low bytes of a word.
+    """
+    place = pair % 2 * 16
+    first, second = (early >> 32).to(tl.int32) >> place, late.to(tl.int32) >> place
+    last = (late >> 32).to(tl.int32) >> place
+    low = pair < 2
+    scale = tl.where(low, first & 0x3F3F, (last & 0x0F0F) | ((first >> 2) & 0x3030))
+    minimum = tl.where(low, second & 0x3F3F, ((last >> 4) & 0x0F0F) | ((second >> 2) & 0x3030))
+    unit, minimum_unit = _half_of(early), _half_of(early.to(tl.int32) >> 16)
+    which = steps(2)[None, None, :]
+    scale, minimum = byte_float(scale[:, :, None], which, 0), byte_float(minimum[:, :, None], which, 0)
+    return scale * unit[:, :, None], minimum * minimum_unit[:, :, None]
 
 
 @triton.jit
@@ -50,7 +98,8 @@ def _q3_scale(block: tl.tensor, sub: tl.tensor, inside: tl.tensor) -> tl.tensor:
 @triton.jit
 def k16_tile(
     blocks: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
     row_bytes: tl.tensor,
@@ -61,39 +110,45 @@ def k16_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """Q2_K, Q3_K and Q6_K: sub-blocks of 16."""
-    group = first // 16 + tl.arange(0, COLS // 16)
-    inside = whole(group * 16, width, EVEN)[None, :]
-    block = row_starts(blocks, row, row_bytes)[:, None] + (group // 16 * BYTES)[None, :]
-    sub = (group % 16)[None, :]
-    # 32 bytes hold a field of 32 elements; a half of the super-block has four fields
-    half, field = (sub // 8)[:, :, None], (sub % 8 // 2)[:, :, None]
-    upper = (sub % 2 * 16)[:, :, None]
+    block = _blocks(blocks, begin, rows, first, row_bytes, 16, BYTES, ROWS, COLS)
+    sub, inside = _part(first, 16, COLS), _inside(first, width, 16, COLS, EVEN)
+    # a half of the super-block has four fields of 32 elements
+    start = _blocks(blocks, begin, rows, first, row_bytes, 128, BYTES, ROWS, COLS)
+    half, inside_half = _part(first, 128, COLS), _inside(first, width, 128, COLS, EVEN)
+    field = steps(4)[None, None, :, None]
     if FORMAT == "Q2_K":
-        word = load_words(block, 16 + half * 32 + upper + word_starts(16, 4), inside, 4)
-        packed = load_byte(block + sub, inside)
+        word = load_words(start + 16 + half * 32, inside_half, 8, 4)
+        packed = load_byte(block + sub, inside).to(tl.int32)
         unit, minimum_unit = load_half(block + 80, inside), load_half(block + 82, inside)
-        packed = packed.to(tl.int32)
         scale = exact_float(packed & 15, 0) * unit.to(tl.float32)
         minimum = exact_float(packed >> 4, 0) * minimum_unit.to(tl.float32)
-        word = (word >> (field * 2)) & 0x03030303
-        weight = exact_float(bytes_of(word, 4), 0) * scale[:, :, None] - minimum[:, :, None]
+        value = float_bytes((word[:, :, None, :] >> (field * 2)) & 0x03030303, 4, 0)
+        value = tl.reshape(value, (ROWS, COLS // 16, 16))
+        # the product is exact, so a fused sum rounds as two operations do
+        weight = tl.fma(value, scale[:, :, None], -minimum[:, :, None])
     elif FORMAT == "Q3_K":
-        byte = upper + word_starts(16, 2)
-        high, low = load_words(block, byte, inside, 2), load_words(block, 32 + half * 32 + byte, inside, 2)
+        low = load_words(start + 32 + half * 32, inside_half, 16, 2).to(tl.int32)
+        again = _blocks(blocks, begin, rows, first, row_bytes, 128, BYTES, ROWS, COLS)
+        high = load_words(again, inside_half, 16, 2).to(tl.int32)
         scale = _q3_scale(block, sub, inside)
-        low, high = low.to(tl.int32), high.to(tl.int32)
-        word = ((low >> (field * 2)) & 0x0303) | (((high >> (half * 4 + field)) & 0x0101) << 2)
-        weight = exact_float(bytes_of(word, 2), 4) * scale[:, :, None]
+        bit = _part(first, 128, COLS)[:, :, None, None] * 4 + field
+        word = ((low[:, :, None, :] >> (field * 2)) & 0x0303) | (((high[:, :, None, :] >> bit) & 0x0101) << 2)
+        value = tl.reshape(float_bytes(word, 2, 4), (ROWS, COLS // 16, 16))
+        weight = value * scale[:, :, None]
     else:
         tl.static_assert(FORMAT == "Q6_K")
-        byte = upper + word_starts(16, 2)
-        low = load_words(block, half * 64 + field % 2 * 32 + byte, inside, 2)
-        high = load_words(block, 128 + half * 32 + byte, inside, 2)
+        # 32 bytes have the low four bits of two fields, two fields apart
+        quarter = _part(first, 64, COLS)
+        pairs = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS)
+        low = load_words(pairs + quarter * 32, _inside(first, width, 64, COLS, EVEN), 16, 2).to(tl.int32)
+        high = load_words(start + 128 + half * 32, inside_half, 16, 2).to(tl.int32)
         code, unit = load_byte(block + 192 + sub, inside), load_half(block + 208, inside)
-        low, high = low.to(tl.int32), high.to(tl.int32)
         scale = code.to(tl.int8, bitcast=True).to(tl.float32) * unit.to(tl.float32)
-        word = ((low >> (field // 2 * 4)) & 0x0F0F) | (((high >> (field * 2)) & 0x0303) << 4)
-        weight = exact_float(bytes_of(word, 2), 32) * scale[:, :, None]
+        low = tl.reshape(low, (ROWS, COLS // 128, 1, 2, 16)) >> (steps(2) * 4)[None, None, :, None, None]
+        low = tl.reshape(low & 0x0F0F, (ROWS, COLS // 128, 4, 16))
+        word = low | (((high[:, :, None, :] >> (field * 2)) & 0x0303) << 4)
+        value = tl.reshape(float_bytes(word, 2, 32), (ROWS, COLS // 16, 16))
+        weight = value * scale[:, :, None]
     return tl.reshape(weight, (ROWS, COLS))
 
 
@@ -101,7 +156,8 @@ def k16_tile(
 def k32_tile(
     blocks: tl.tensor,
     levels: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
     row_bytes: tl.tensor,
@@ -110,30 +166,37 @@ def k32_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
+    RUN: tl.constexpr,
 ) -> tl.tensor:
     """Q4_K, Q5_K and IQ4_XS: sub-blocks of 32."""
-    group = first // 32 + tl.arange(0, COLS // 32)
-    inside = whole(group * 32, width, EVEN)[None, :]
-    block = row_starts(blocks, row, row_bytes)[:, None] + (group // 8 * BYTES)[None, :]
-    sub = (group % 8)[None, :]
     if FORMAT == "IQ4_XS":
-        table = load_levels(levels)
+        block = _blocks(blocks, begin, rows, first, row_bytes, 32, BYTES, ROWS, COLS)
+        sub, inside = _part(first, 32, COLS), _inside(first, width, 32, COLS, EVEN)
+        start = _blocks(blocks, begin, rows, first, row_bytes, 32, BYTES, ROWS, COLS)
+        code = nibbles(start + 8 + _part(first, 32, COLS) * 16, _inside(first, width, 32, COLS, EVEN), 4)
         low, high = load_byte(block + 4 + sub // 2, inside), load_byte(block + 2 + sub // 4, inside)
         unit = load_half(block, inside)
-        word = nibbles(block + 8 + sub * 16, inside, 4)
-        code = ((low.to(tl.int32) >> (sub % 2 * 4)) & 15) | (((high.to(tl.int32) >> (sub % 4 * 2)) & 3) << 4)
-        scale = exact_float(code, 32) * unit.to(tl.float32)
-        weight = look_up(table, bytes_of(word, 4)) * scale[:, :, None]
+        factor = ((low.to(tl.int32) >> (sub % 2 * 4)) & 15) | (((high.to(tl.int32) >> (sub % 4 * 2)) & 3) << 4)
+        scale = exact_float(factor, 32) * unit.to(tl.float32)
+        weight = look_up(levels, code, RUN) * scale[:, :, None]
     else:
         tl.static_assert((FORMAT == "Q4_K") | (FORMAT == "Q5_K"))
-        start: tl.constexpr = 16 if FORMAT == "Q4_K" else 48
-        byte = word_starts(32, 4)
-        word = load_words(block, start + (sub // 2 * 32)[:, :, None] + byte, inside, 4)
+        # 32 bytes have the low four bits of two sub-blocks
+        START: tl.constexpr = 16 if FORMAT == "Q4_K" else 48
+        pair = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS) + START
+        word = load_words(pair + _part(first, 64, COLS) * 32, _inside(first, width, 64, COLS, EVEN), 8, 4)
         if FORMAT == "Q5_K":
-            high = load_words(block, 16 + byte, inside, 4)
-        scale, minimum = _q4_scales(block, sub, inside)
-        word = (word >> (sub % 2 * 4)[:, :, None]) & 0x0F0F0F0F
+            again = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS)
+            high = load_words(again + 16, _inside(first, width, 64, COLS, EVEN), 8, 4)
+        block = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS)
+        inside = _inside(first, width, 64, COLS, EVEN)
+        early, late = _load_pair(block, inside), _load_pair(block + 8, inside)
+        scale, minimum = _q4_scales(early, late, _part(first, 64, COLS))
+        which = steps(2)[None, None, :, None]
+        word = (word[:, :, None, :] >> (which * 4)) & 0x0F0F0F0F
         if FORMAT == "Q5_K":
-            word |= ((high >> sub[:, :, None]) & 0x01010101) << 4
-        weight = exact_float(bytes_of(word, 4), 0) * scale[:, :, None] - minimum[:, :, None]
+            bit = _part(first, 64, COLS)[:, :, None, None] * 2 + steps(2)[None, None, :, None]
+            word |= ((high[:, :, None, :] >> bit) & 0x01010101) << 4
+        # the product is exact, so a fused sum rounds as two operations do
+        weight = tl.fma(float_bytes(word, 4, 0), scale[:, :, :, None], -minimum[:, :, :, None])
     return tl.reshape(weight, (ROWS, COLS))

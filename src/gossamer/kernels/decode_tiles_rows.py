@@ -9,34 +9,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.kernels.decode_tiles import whole
+from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
 
 
 @triton.jit
 def _values(
     values: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
-    col = first + tl.arange(0, COLS)
+    col = first + steps(COLS)
     inside = whole(col, width, EVEN)
-    return tl.load(values + row.to(tl.int64)[:, None] * width + col[None, :], mask=inside[None, :])
+    row = row_starts(values, begin, rows, width, ROWS)
+    return tl.load(row[:, None] + col[None, :], mask=inside[None, :])
 
 
 @triton.jit
 def plain_tile(
     values: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = values."""
-    value = _values(values, row, first, width, COLS, EVEN)
+    value = _values(values, begin, rows, first, width, ROWS, COLS, EVEN)
     if value.dtype == tl.bfloat16:
         # a shift and nothing else, so that the interpreter, which converts subnormals wrongly, agrees
         return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -48,14 +53,19 @@ def plain_tile(
 def int8_tile(
     codes: tl.tensor,
     scale: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row]."""
-    code, unit = _values(codes, row, first, width, COLS, EVEN), tl.load(scale + row)[:, None]
+    code, unit = (
+        _values(codes, begin, rows, first, width, ROWS, COLS, EVEN),
+        tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None],
+    )
     return code.to(tl.float32) * unit
 
 
@@ -63,15 +73,17 @@ def int8_tile(
 def fp8_tile(
     codes: tl.tensor,
     scale: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row], codes e4m3fn, as such or as bytes."""
-    code = _values(codes, row, first, width, COLS, EVEN)
-    unit = tl.load(scale + row)[:, None]
+    code = _values(codes, begin, rows, first, width, ROWS, COLS, EVEN)
+    unit = tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None]
     if code.dtype == tl.float8e4nv:
         return code.to(tl.float32) * unit
     else:
@@ -86,12 +98,17 @@ def fp8_tile(
 def fp8_e5m2_tile(
     codes: tl.tensor,
     scale: tl.tensor,
-    row: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row], codes e5m2: the upper byte of a float16."""
-    code, unit = _values(codes, row, first, width, COLS, EVEN), tl.load(scale + row)[:, None]
+    code, unit = (
+        _values(codes, begin, rows, first, width, ROWS, COLS, EVEN),
+        tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None],
+    )
     return (code.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32) * unit
