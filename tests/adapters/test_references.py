@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers
 from safetensors.torch import load_file
+from torch import nn
 
 from gossamer.adapters import attach, read_adapter, write_adapter
+from gossamer.errors import FileDamagedError
 from gossamer.models.flux_spec import FluxSpec
 
 FULL = FluxSpec(19, 38, 24, 128, 64, 64, 4096, 768, True)
@@ -141,3 +144,25 @@ def test_all_spellings_do_the_same(control, quantized, paint, spec, tmp_path):
         attach(model, read_adapter(path, spec), "control")
         pictures.append(paint(model, 128))
     torch.testing.assert_close(pictures[0], pictures[1], **CLOSE)
+
+
+def test_a_folder_that_peft_saved(make_model, quantized, paint, spec, tmp_path):
+    """The strength is in the settings beside the weights: alpha is twice the rank, for one layer half of it."""
+    targets = [name for name, part in make_model().named_modules() if isinstance(part, nn.Linear)]
+    targets = [name for name in targets if is_block_linear(name)]
+    config = peft.LoraConfig(r=4, lora_alpha=8, alpha_pattern={"attn.to_q": 2}, target_modules=targets)
+    reference = peft.get_peft_model(make_model(), config)
+    torch.manual_seed(0)
+    for name, parameter in reference.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.05
+    reference.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path / "adapter_model.safetensors", spec)
+    assert adapter.terms["transformer_blocks.0.attn.to_q"].multiplier == 0.5
+    assert adapter.terms["transformer_blocks.0.attn.to_k"].multiplier == 2.0
+    ours = quantized()
+    attach(ours, adapter, "saved")
+    torch.testing.assert_close(paint(ours), paint(reference), **CLOSE)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(FileDamagedError, match=r"adapter_config\.json"):
+        read_adapter(tmp_path / "adapter_model.safetensors", spec)

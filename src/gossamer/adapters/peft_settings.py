@@ -2,7 +2,8 @@
 
     __metadata__["lora_adapter_metadata"]   JSON: {"transformer.r": 16, "transformer.lora_alpha": 8, ...}
 
-with the settings of the text encoders under `text_encoder.` and `text_encoder_2.`.
+with the settings of the text encoders under `text_encoder.` and `text_encoder_2.`. PEFT itself writes a folder instead:
+`adapter_model.safetensors`, and the same settings of the one model that it wrapped in `adapter_config.json` beside it.
 
 The multiplier is lora_alpha / rank, or lora_alpha / sqrt(rank) where `use_rslora` is set; `alpha_pattern` gives single
 modules their own alpha, by regular expressions that match the end of a module's name.
@@ -15,11 +16,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gossamer.errors import AdapterError, FileDamagedError
 
 KEY = "lora_adapter_metadata"
+FOLDER_WEIGHTS, FOLDER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+MOST_BYTES = 1_000_000  # of the settings in a folder; PEFT writes about one thousand
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,23 @@ class PeftSettings:
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def with_folder_settings(path: Path, metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """A header's metadata, with the settings of PEFT's folder where the file is the weights of one."""
+    beside = path.parent / FOLDER_SETTINGS
+    if path.name != FOLDER_WEIGHTS or KEY in metadata or not beside.is_file():
+        return metadata
+    try:
+        with beside.open("rb") as file:
+            content = json.loads(file.read(MOST_BYTES))
+        return {**metadata, KEY: json.dumps({f"transformer.{key}": value for key, value in content.items()})}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise FileDamagedError(
+            f"{str(beside)!r} cannot be read.",
+            f"It holds the strength of the adapter beside it, as a JSON table: {error}.",
+            "Copy or save the folder again, or rename the weights if that file belongs to another adapter.",
+        ) from error
 
 
 def read_peft_settings(metadata: Mapping[str, str], component: str = "transformer") -> PeftSettings:

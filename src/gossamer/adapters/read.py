@@ -10,7 +10,7 @@ import torch
 from gossamer.adapters.adapter import Adapter, LowRankTerm, wrong_size
 from gossamer.adapters.families import explain_unused, not_an_adapter, only_without_effect
 from gossamer.adapters.fused import split_term
-from gossamer.adapters.peft_settings import PeftSettings, read_peft_settings
+from gossamer.adapters.peft_settings import PeftSettings, read_peft_settings, with_folder_settings
 from gossamer.adapters.spelling import Recognised, Roles, recognise
 from gossamer.adapters.spelling_tables import ENDINGS, Role
 from gossamer.checkpoints.flux_names import Part
@@ -37,17 +37,18 @@ def read_adapter(path: Path | str, spec: FluxSpec) -> Adapter:
         raise explain_unused(str(path), keys, found, header.metadata, spec)
     if not (found.modules or found.text or found.norms):
         raise only_without_effect(str(path), found)
+    metadata = with_folder_settings(Path(path), header.metadata)
     tensors = read_tensors(path)
     try:
         _check_values({key: tensor for key, tensor in tensors.items() if key not in found.without_effect})
         return Adapter(
             spec=spec,
-            terms=_terms(found, tensors, spec, read_peft_settings(header.metadata)),
+            terms=_terms(found, tensors, spec, read_peft_settings(metadata)),
             replacements={norm: tensors[key] for norm, key in found.norms.items()},
             spelling=found.spelling.name,
             metadata={name: text for name, text in header.metadata.items() if name != "format"},
             sha256=sha256_file(path),
-            text=_text_terms(found, tensors, header.metadata),
+            text=_text_terms(found, tensors, metadata),
             unused=found.without_effect,
         )
     except GossamerError as error:
