@@ -22,7 +22,6 @@ from gossamer.demo.scene import Scene, sample_split
 from gossamer.demo.styles import render_styled
 
 CHUNK = 250
-EVEN = (3.0, 4.0, 3.0)  # how often one, two and three objects
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,16 @@ class Example:
     texts: tuple[str, ...]
 
 
-def _chunk(job: tuple[int, int, tuple[float, ...]]) -> list[Example]:
+def _chunk(job: tuple[int, int, tuple[float, ...] | None]) -> list[Example]:
     seed, wordings, shares = job
     rng = random.Random(seed)
-    scenes = [sample_split(rng, False, rng.choices((1, 2, 3), weights=shares)[0]) for _ in range(CHUNK)]
+    scenes = [sample_split(rng, False, rng.choices((1, 2, 3), shares)[0] if shares else None) for _ in range(CHUNK)]
     return [Example(scene, tuple(caption(scene, rng).text for _ in range(wordings))) for scene in scenes]
 
 
-def sample_examples(count: int, first_seed: int, wordings: int = 1, shares: tuple[float, ...] = EVEN) -> list[Example]:
+def sample_examples(
+    count: int, first_seed: int, wordings: int = 1, shares: tuple[float, ...] | None = None
+) -> list[Example]:
     """`count` scenes of the training split; the forked processes never touch CUDA."""
     jobs = [(first_seed + index, wordings, shares) for index in range(-(-count // CHUNK))]
     processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -37,7 +37,7 @@ from common import (
     share_gradients,
     time_boxed,
 )
-from data import EVEN, Tokens, draw, encode, sample_examples, tokenize, tokenize_examples
+from data import Tokens, draw, encode, sample_examples, tokenize, tokenize_examples
 from denoiser import UNGUIDED, Denoiser, Text, guided, mix, sample_guidance, sample_sigma
 
 LONG_TEXT = 512  # diffusers' default length; a few steps see it so that extra padding does no harm
@@ -53,7 +53,7 @@ class Options:
     tokenizers: Path
     out: Path
     weights: Path | None
-    shares: tuple[float, ...]
+    shares: tuple[float, ...] | None
     first_seed: int
     seconds: float
     distil_seconds: float
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--tokenizers", type=Path, default=Path("src/gossamer/demo/model"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", type=Path, help="weights of an earlier run's first phase to go on from")
-    parser.add_argument("--shares", type=shares, default=EVEN, help="how often one, two and three objects")
+    parser.add_argument("--shares", type=shares, help="how often 1, 2 and 3 objects; default: as scenes are sampled")
     parser.add_argument("--first-seed", type=int, default=0, help="of the scenes; another run takes others")
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--distil-seconds", type=float, default=90.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gossamer.checkpoints import safetensors_file
 from gossamer.errors import FileDamagedError
 
 MAX_HEADER_BYTES = 64 << 20
@@ -73,11 +74,7 @@ class Cursor:
 
 def damage(path: Path, why: str) -> FileDamagedError:
     """The error for a file that is not what it says."""
-    return FileDamagedError(
-        f"{str(path)!r} is not a sound GGUF file that Gossamer reads.",
-        why,
-        "Download or copy the file again and compare its SHA-256 with the one that the source states.",
-    )
+    return safetensors_file.damage(path, why, "GGUF file that Gossamer reads")
 
 
 def damaged(path: Path, why: str) -> NoReturn:

@@ -97,7 +97,7 @@ def read_tensors(path: Path | str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _damage(Path(path), f"The safetensors reader says: {error}.") from error
+        raise damage(Path(path), f"The safetensors reader says: {error}.") from error
 
 
 def sha256_file(path: Path | str) -> str:
@@ -171,7 +171,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         del text
         content = json.loads(decoded, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _damage(path, f"Its header is not valid JSON: {error}.") from error
+        raise damage(path, f"Its header is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         _damaged(path, "Its header is not a JSON object.")
     return content
@@ -210,7 +210,7 @@ def _metadata(path: Path, metadata: object) -> dict[str, str]:
         for value in metadata.values():
             _check_text(value)
     except UnicodeEncodeError as error:
-        raise _damage(path, f"Its metadata is not valid text: {error.reason}.") from error
+        raise damage(path, f"Its metadata is not valid text: {error.reason}.") from error
     return metadata
 
 
@@ -253,13 +253,14 @@ def _check_cover(path: Path, tensors: Mapping[str, TensorEntry], data_bytes: int
         _damaged(path, f"{data_bytes - end} bytes past the last tensor belong to nothing.")
 
 
-def _damage(path: Path, why: str) -> FileDamagedError:
+def damage(path: Path, why: str, kind: str = "safetensors file") -> FileDamagedError:
+    """The error for a file that is not what it says."""
     return FileDamagedError(
-        f"{str(path)!r} is not a sound safetensors file.",
+        f"{str(path)!r} is not a sound {kind}.",
         why,
         "Download or copy the file again and compare its SHA-256 with the one that the source states.",
     )
 
 
 def _damaged(path: Path, why: str) -> NoReturn:
-    raise _damage(path, why)
+    raise damage(path, why)

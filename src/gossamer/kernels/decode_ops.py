@@ -17,6 +17,7 @@ import torch
 from gossamer.formats import Packed
 from gossamer.kernels import decode_reference
 from gossamer.kernels.low_rank import StackedTerms
+from gossamer.kernels.operators import through_operator
 
 Backend = Literal["triton", "torch"]
 
@@ -29,7 +30,7 @@ def decode_into(
     row_scale: torch.Tensor | None = None,
 ) -> None:
     """Write W_eff into `out`, as `kernels.decode.decode` states it."""
-    if _watched(out):
+    if through_operator(out):
         _decode(*_flat(packed), backend, out, row_scale, *_factors(terms))
     else:
         _decode_now(packed, out, backend, terms, row_scale)
@@ -44,20 +45,10 @@ def measure_row_scale_into(
     terms: StackedTerms | None = None,
 ) -> None:
     """Write the row scales of W_eff, as `kernels.decode.measure_row_scale` states it."""
-    if _watched(row_scale):
+    if through_operator(row_scale):
         _row_scale(*_flat(packed), backend, row_scale, dtype, width, *_factors(terms))
     else:
         _row_scale_now(packed, row_scale, dtype, width, backend, terms)
-
-
-def _watched(target: torch.Tensor) -> bool:
-    """Whether a compiler, a tracer with tensors of its own or autograd has to see that `target` is written to."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0  # modes such as FakeTensorMode and make_fx
-        or type(target) is not torch.Tensor
-    )
 
 
 def _decode_now(

@@ -70,6 +70,32 @@ def whole(start: tl.tensor, width: tl.tensor, EVEN: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def block_starts(
+    blocks: tl.tensor,
+    begin: tl.tensor,
+    rows: tl.tensor,
+    first: tl.tensor,
+    row_bytes: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> tl.tensor:
+    """Pointers (ROWS, parts) to the blocks, of BLOCK elements in BYTES bytes, that hold the parts of SIZE columns."""
+    part = first // SIZE + steps(COLS // SIZE)
+    return row_starts(blocks, begin, rows, row_bytes, ROWS)[:, None] + (part // (BLOCK // SIZE) * BYTES)[None, :]
+
+
+@triton.jit
+def parts_inside(
+    first: tl.tensor, width: tl.tensor, SIZE: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr
+) -> tl.tensor:
+    """Which parts of SIZE columns (1, parts) lie inside the matrix."""
+    return whole((first // SIZE + steps(COLS // SIZE)) * SIZE, width, EVEN)[None, :]
+
+
+@triton.jit
 def exact_float(code: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
     """`code - OFFSET` as float32 for int32 codes 0..2^22: one OR and one subtraction, cheaper than a conversion."""
     return (code | _MAGIC_BITS).to(tl.float32, bitcast=True) - (_MAGIC + OFFSET)

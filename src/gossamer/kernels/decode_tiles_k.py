@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gossamer.kernels.decode_tiles import (
+    block_starts,
     byte_float,
     exact_float,
     float_bytes,
@@ -18,9 +19,8 @@ from gossamer.kernels.decode_tiles import (
     load_half,
     load_words,
     look_up,
-    row_starts,
+    parts_inside,
     steps,
-    whole,
 )
 from gossamer.kernels.decode_tiles_legacy import nibbles
 
@@ -29,30 +29,6 @@ from gossamer.kernels.decode_tiles_legacy import nibbles
 def _part(first: tl.tensor, SIZE: tl.constexpr, COLS: tl.constexpr) -> tl.tensor:
     """Number in its super-block (1, parts) of each part of SIZE columns."""
     return ((first // SIZE + steps(COLS // SIZE)) % (256 // SIZE))[None, :]
-
-
-@triton.jit
-def _blocks(
-    blocks: tl.tensor,
-    begin: tl.tensor,
-    rows: tl.tensor,
-    first: tl.tensor,
-    row_bytes: tl.tensor,
-    SIZE: tl.constexpr,
-    BYTES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> tl.tensor:
-    """Pointers (ROWS, parts) to the super-blocks of the parts of SIZE columns."""
-    part = first // SIZE + steps(COLS // SIZE)
-    return row_starts(blocks, begin, rows, row_bytes, ROWS)[:, None] + (part // (256 // SIZE) * BYTES)[None, :]
-
-
-@triton.jit
-def _inside(
-    first: tl.tensor, width: tl.tensor, SIZE: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr
-) -> tl.tensor:
-    return whole((first // SIZE + steps(COLS // SIZE)) * SIZE, width, EVEN)[None, :]
 
 
 @triton.jit
@@ -110,11 +86,11 @@ def k16_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """Q2_K, Q3_K and Q6_K: sub-blocks of 16."""
-    block = _blocks(blocks, begin, rows, first, row_bytes, 16, BYTES, ROWS, COLS)
-    sub, inside = _part(first, 16, COLS), _inside(first, width, 16, COLS, EVEN)
+    block = block_starts(blocks, begin, rows, first, row_bytes, 16, 256, BYTES, ROWS, COLS)
+    sub, inside = _part(first, 16, COLS), parts_inside(first, width, 16, COLS, EVEN)
     # a half of the super-block has four fields of 32 elements
-    start = _blocks(blocks, begin, rows, first, row_bytes, 128, BYTES, ROWS, COLS)
-    half, inside_half = _part(first, 128, COLS), _inside(first, width, 128, COLS, EVEN)
+    start = block_starts(blocks, begin, rows, first, row_bytes, 128, 256, BYTES, ROWS, COLS)
+    half, inside_half = _part(first, 128, COLS), parts_inside(first, width, 128, COLS, EVEN)
     field = steps(4)[None, None, :, None]
     if FORMAT == "Q2_K":
         word = load_words(start + 16 + half * 32, inside_half, 8, 4)
@@ -128,7 +104,7 @@ def k16_tile(
         weight = tl.fma(value, scale[:, :, None], -minimum[:, :, None])
     elif FORMAT == "Q3_K":
         low = load_words(start + 32 + half * 32, inside_half, 16, 2).to(tl.int32)
-        again = _blocks(blocks, begin, rows, first, row_bytes, 128, BYTES, ROWS, COLS)
+        again = block_starts(blocks, begin, rows, first, row_bytes, 128, 256, BYTES, ROWS, COLS)
         high = load_words(again, inside_half, 16, 2).to(tl.int32)
         scale = _q3_scale(block, sub, inside)
         bit = _part(first, 128, COLS)[:, :, None, None] * 4 + field
@@ -139,8 +115,8 @@ def k16_tile(
         tl.static_assert(FORMAT == "Q6_K")
         # 32 bytes have the low four bits of two fields, two fields apart
         quarter = _part(first, 64, COLS)
-        pairs = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS)
-        low = load_words(pairs + quarter * 32, _inside(first, width, 64, COLS, EVEN), 16, 2).to(tl.int32)
+        pairs = block_starts(blocks, begin, rows, first, row_bytes, 64, 256, BYTES, ROWS, COLS)
+        low = load_words(pairs + quarter * 32, parts_inside(first, width, 64, COLS, EVEN), 16, 2).to(tl.int32)
         high = load_words(start + 128 + half * 32, inside_half, 16, 2).to(tl.int32)
         code, unit = load_byte(block + 192 + sub, inside), load_half(block + 208, inside)
         scale = code.to(tl.int8, bitcast=True).to(tl.float32) * unit.to(tl.float32)
@@ -170,10 +146,10 @@ def k32_tile(
 ) -> tl.tensor:
     """Q4_K, Q5_K and IQ4_XS: sub-blocks of 32."""
     if FORMAT == "IQ4_XS":
-        block = _blocks(blocks, begin, rows, first, row_bytes, 32, BYTES, ROWS, COLS)
-        sub, inside = _part(first, 32, COLS), _inside(first, width, 32, COLS, EVEN)
-        start = _blocks(blocks, begin, rows, first, row_bytes, 32, BYTES, ROWS, COLS)
-        code = nibbles(start + 8 + _part(first, 32, COLS) * 16, _inside(first, width, 32, COLS, EVEN), 4)
+        block = block_starts(blocks, begin, rows, first, row_bytes, 32, 256, BYTES, ROWS, COLS)
+        sub, inside = _part(first, 32, COLS), parts_inside(first, width, 32, COLS, EVEN)
+        start = block_starts(blocks, begin, rows, first, row_bytes, 32, 256, BYTES, ROWS, COLS)
+        code = nibbles(start + 8 + _part(first, 32, COLS) * 16, parts_inside(first, width, 32, COLS, EVEN), 4)
         low, high = load_byte(block + 4 + sub // 2, inside), load_byte(block + 2 + sub // 4, inside)
         unit = load_half(block, inside)
         factor = ((low.to(tl.int32) >> (sub % 2 * 4)) & 15) | (((high.to(tl.int32) >> (sub % 4 * 2)) & 3) << 4)
@@ -183,13 +159,13 @@ def k32_tile(
         tl.static_assert((FORMAT == "Q4_K") | (FORMAT == "Q5_K"))
         # 32 bytes have the low four bits of two sub-blocks
         START: tl.constexpr = 16 if FORMAT == "Q4_K" else 48
-        pair = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS) + START
-        word = load_words(pair + _part(first, 64, COLS) * 32, _inside(first, width, 64, COLS, EVEN), 8, 4)
+        pair = block_starts(blocks, begin, rows, first, row_bytes, 64, 256, BYTES, ROWS, COLS) + START
+        word = load_words(pair + _part(first, 64, COLS) * 32, parts_inside(first, width, 64, COLS, EVEN), 8, 4)
         if FORMAT == "Q5_K":
-            again = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS)
-            high = load_words(again + 16, _inside(first, width, 64, COLS, EVEN), 8, 4)
-        block = _blocks(blocks, begin, rows, first, row_bytes, 64, BYTES, ROWS, COLS)
-        inside = _inside(first, width, 64, COLS, EVEN)
+            again = block_starts(blocks, begin, rows, first, row_bytes, 64, 256, BYTES, ROWS, COLS)
+            high = load_words(again + 16, parts_inside(first, width, 64, COLS, EVEN), 8, 4)
+        block = block_starts(blocks, begin, rows, first, row_bytes, 64, 256, BYTES, ROWS, COLS)
+        inside = parts_inside(first, width, 64, COLS, EVEN)
         early, late = _load_pair(block, inside), _load_pair(block + 8, inside)
         scale, minimum = _q4_scales(early, late, _part(first, 64, COLS))
         which = steps(2)[None, None, :, None]

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from gossamer.kernels.decode_tiles import (
+    block_starts,
     bytes_of,
     exact_float,
     load_half,
     load_words,
     look_up,
-    row_starts,
+    parts_inside,
     steps,
-    whole,
 )
 
 
@@ -39,27 +39,6 @@ def _fifth_bits(start: tl.tensor, inside: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _blocks(
-    blocks: tl.tensor,
-    begin: tl.tensor,
-    rows: tl.tensor,
-    first: tl.tensor,
-    row_bytes: tl.tensor,
-    BYTES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> tl.tensor:
-    """Pointers (ROWS, blocks) to the blocks of a tile."""
-    group = first // 32 + steps(COLS // 32)
-    return row_starts(blocks, begin, rows, row_bytes, ROWS)[:, None] + (group * BYTES)[None, :]
-
-
-@triton.jit
-def _inside(first: tl.tensor, width: tl.tensor, COLS: tl.constexpr, EVEN: tl.constexpr) -> tl.tensor:
-    return whole((first // 32 + steps(COLS // 32)) * 32, width, EVEN)[None, :]
-
-
-@triton.jit
 def legacy_tile(
     blocks: tl.tensor,
     levels: tl.tensor,
@@ -76,15 +55,15 @@ def legacy_tile(
     RUN: tl.constexpr,
 ) -> tl.tensor:
     """The formula of FORMAT, with blocks of BYTES bytes."""
-    block = _blocks(blocks, begin, rows, first, row_bytes, BYTES, ROWS, COLS)
-    inside = _inside(first, width, COLS, EVEN)
+    block = block_starts(blocks, begin, rows, first, row_bytes, 32, 32, BYTES, ROWS, COLS)
+    inside = parts_inside(first, width, 32, COLS, EVEN)
     unit = load_half(block, inside)
     with_minimum: tl.constexpr = (FORMAT == "Q4_1") | (FORMAT == "Q5_1")
     if with_minimum:
         minimum = load_half(block + 2, inside)
     # codes have indices of their own
-    block = _blocks(blocks, begin, rows, first, row_bytes, BYTES, ROWS, COLS)
-    inside = _inside(first, width, COLS, EVEN)
+    block = block_starts(blocks, begin, rows, first, row_bytes, 32, 32, BYTES, ROWS, COLS)
+    inside = parts_inside(first, width, 32, COLS, EVEN)
     # the blocks with a minimum are multiples of four bytes
     WORD: tl.constexpr = 4 if with_minimum else 2
     if FORMAT == "Q4_0":
@@ -99,8 +78,8 @@ def legacy_tile(
         tl.static_assert((FORMAT == "Q5_0") | (FORMAT == "Q5_1"))
         START: tl.constexpr = 4 if with_minimum else 2
         code = nibbles(block + START + 4, inside, WORD)
-        again = _blocks(blocks, begin, rows, first, row_bytes, BYTES, ROWS, COLS)
-        code |= _fifth_bits(again + START, _inside(first, width, COLS, EVEN))
+        again = block_starts(blocks, begin, rows, first, row_bytes, 32, 32, BYTES, ROWS, COLS)
+        code |= _fifth_bits(again + START, parts_inside(first, width, 32, COLS, EVEN))
         OFFSET = 0 if with_minimum else 16
     if FORMAT == "IQ4_NL":
         value = look_up(levels, code, RUN)

@@ -19,7 +19,7 @@ from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.layers.join import Joined, join
 from gossamer.layers.linear import QuantLinear
-from gossamer.layers.product import GroupProduct
+from gossamer.layers.product import GroupProduct, as_rows, execution_of
 
 
 class LinearGroup:
@@ -38,18 +38,17 @@ class LinearGroup:
     def rows_type(self, plain: torch.dtype) -> torch.dtype:
         """The type in which the input is best given: the operand's, or `plain`."""
         fused = _fused(self.layers)
-        return plain if fused is None else _operand(fused)
+        return plain if fused is None else execution_of(fused[0]).operand
 
     def rows(self, x: torch.Tensor, pointwise: Pointwise) -> Rows:
         """x (batch, tokens, in) as rows of that type."""
-        wanted = self.rows_type(x.dtype)
-        return Rows(x) if wanted == x.dtype else pointwise.quantize_rows(x, wanted)
+        return as_rows(x, self.rows_type(x.dtype), pointwise)
 
     def __call__(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows (..., in) through every layer: (..., sum of outputs), into `out` where it is given, a view or not."""
         layers = self.layers
         fused = _fused(layers)
-        if fused is not None and rows.values.dtype == _operand(fused):
+        if fused is not None and rows.values.dtype == execution_of(fused[0]).operand:
             return self._product(fused, rows, out, self._lying(fused))
         return _one_by_one(layers, rows.values, out)
 
@@ -74,12 +73,6 @@ def _fused(layers: Sequence[nn.Module]) -> Sequence[QuantLinear] | None:
         if not first.execution.fits(layer.execution) or layer.in_features != first.in_features:
             return None
     return cast(Sequence[QuantLinear], layers)
-
-
-def _operand(layers: Sequence[QuantLinear]) -> torch.dtype:
-    execution = layers[0].execution
-    assert execution is not None
-    return execution.operand
 
 
 def _one_by_one(layers: Sequence[nn.Module], x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

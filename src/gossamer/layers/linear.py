@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from gossamer.errors import AdapterError
 from gossamer.formats import Packed
-from gossamer.kernels.pointwise.rows import Rows
 from gossamer.layers.execution import Execution
-from gossamer.layers.product import GroupProduct
+from gossamer.layers.product import GroupProduct, as_rows
 from gossamer.layers.stored import StoredWeight
 from gossamer.layers.term import Term
 
@@ -187,9 +186,7 @@ class QuantLinear(nn.Module):
     def _execute(self, x: torch.Tensor, execution: Execution) -> torch.Tensor:
         """The same through kernels and libraries."""
         flat = x.reshape(1, -1, self.in_features)
-        same = flat.dtype == execution.operand
-        rows = Rows(flat) if same else execution.pointwise.quantize_rows(flat, execution.operand)
-        y = self._product([self], rows)
+        y = self._product([self], as_rows(flat, execution.operand, execution.pointwise))
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:

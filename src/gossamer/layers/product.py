@@ -16,6 +16,7 @@ from gossamer.formats import Packed
 from gossamer.kernels.decode_ops import Backend, decode_into, measure_row_scale_into
 from gossamer.kernels.decode_reference import LARGEST_CODE, round_to, row_scales
 from gossamer.kernels.low_rank import StackedTerms, set_scales, stack_terms
+from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_int8
 from gossamer.layers.execution import Execution
@@ -151,6 +152,11 @@ class GroupProduct:
             bare = [replace(part, terms=None) for part in operand.parts]
             self._base = (key, _measured_scale(bare, operand, execution))
         return self._base[1]
+
+
+def as_rows(x: torch.Tensor, dtype: torch.dtype, pointwise: Pointwise) -> Rows:
+    """x (batch, tokens, in) as rows of a type; nothing is done where it is of that type."""
+    return Rows(x) if x.dtype == dtype else pointwise.quantize_rows(x, dtype)
 
 
 def execution_of(layer: QuantLinear) -> Execution:

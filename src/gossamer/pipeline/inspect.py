@@ -244,9 +244,9 @@ def _model(layout: Layout, tensors: Mapping[str, TensorEntry]) -> str:
     bare = {name.removeprefix(layout.prefix) for name in names}
     guidance = any(name.startswith(("guidance_in.", "time_text_embed.guidance_embedder.")) for name in bare)
     channels = next((_inputs(layout.prefix + name, tensors) for name in INPUT_LAYERS if f"{name}.weight" in bare), 0)
-    return INPUT_WIDTHS.get(channels, ("a FLUX.1 with {channels} input channels",) * 2)[guidance].format(
-        channels=channels
-    )
+    if channels not in INPUT_WIDTHS:
+        return f"a FLUX.1 with {channels} input channels"
+    return INPUT_WIDTHS[channels][guidance]
 
 
 def _inputs(linear: str, tensors: Mapping[str, TensorEntry]) -> int:

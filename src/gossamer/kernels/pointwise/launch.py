@@ -106,14 +106,6 @@ def require_shape(shape: tuple[int, ...], **tensors: torch.Tensor) -> None:
             )
 
 
-def through_operator() -> bool:
-    """Whether a call must go through its `gossamer::` operator, which costs the host some 20 us.
-
-    The compiler and autograd see operators only: autograd refuses to differentiate one, and notices what it changed.
-    """
-    return torch.compiler.is_compiling() or torch.is_grad_enabled()
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a kernel is launched with besides its tensors."""

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer.kernels.operators import through_operator
 from gossamer.kernels.pointwise.launch import (
     NO_PIECES,
     Launcher,
@@ -19,7 +20,6 @@ from gossamer.kernels.pointwise.launch import (
     pieces,
     require_shape,
     require_unit_stride,
-    through_operator,
     warps,
 )
 from gossamer.kernels.pointwise.rows import Rows, empty_rows, from_operator, largest_code, to_operator
@@ -175,7 +175,7 @@ def _(attention: torch.Tensor, mlp: torch.Tensor, dtype: torch.dtype) -> tuple[t
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> Rows:
     """`rows.quantize_rows` of x (batch, tokens, width) in one pass."""
-    if not through_operator():
+    if not through_operator(x):
         return launch_one(x, dtype, activate=False)
     require_unit_stride(x=x)
     return from_operator(*quantize_rows_op(x, dtype))
@@ -183,7 +183,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> Rows:
 
 def gelu_rows(mlp: torch.Tensor, dtype: torch.dtype) -> Rows:
     """`gelu.gelu_rows` in one pass."""
-    if not through_operator():
+    if not through_operator(mlp):
         return launch_one(mlp, dtype, activate=True)
     require_unit_stride(mlp=mlp)
     return from_operator(*gelu_rows_op(mlp, dtype))
@@ -191,7 +191,7 @@ def gelu_rows(mlp: torch.Tensor, dtype: torch.dtype) -> Rows:
 
 def gelu_concat(attention: torch.Tensor, mlp: torch.Tensor, dtype: torch.dtype) -> Rows:
     """`gelu.gelu_concat` in one pass."""
-    if not through_operator():
+    if not through_operator(attention):
         return launch_both(attention, mlp, dtype)
     require_joinable(attention, mlp)
     return from_operator(*gelu_concat_op(attention, mlp, dtype))

@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer.kernels.operators import through_operator
 from gossamer.kernels.pointwise.launch import (
     Launcher,
     Plan,
     pieces,
     require_shape,
     require_unit_stride,
-    through_operator,
     warps,
 )
 from gossamer.kernels.pointwise.modulate import EPS, Modulation
@@ -252,7 +252,7 @@ def _(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> None:
 
 def norm_modulate(x: torch.Tensor, by: Modulation, dtype: torch.dtype, eps: float = EPS) -> Rows:
     """`modulate.norm_modulate` in one pass."""
-    if not through_operator():
+    if not through_operator(x):
         return launch_norm_modulate(x, None, None, by, dtype, eps)
     require_unit_stride(x=x)
     vectors_for(x, scale=by.scale, shift=by.shift)
@@ -261,7 +261,7 @@ def norm_modulate(x: torch.Tensor, by: Modulation, dtype: torch.dtype, eps: floa
 
 def residual_gate_(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`modulate.residual_gate_` in one pass."""
-    if through_operator():
+    if through_operator(x):
         require_tokens(x, y)
         vectors_for(x, gate=gate)
         residual_gate_op(x, gate, y)
@@ -274,7 +274,7 @@ def residual_gate_norm_modulate_(
     x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, by: Modulation, dtype: torch.dtype, eps: float = EPS
 ) -> Rows:
     """`modulate.residual_gate_norm_modulate_` in one pass."""
-    if not through_operator():
+    if not through_operator(x):
         return launch_norm_modulate(x, gate, y, by, dtype, eps)
     require_tokens(x, y)
     vectors_for(x, gate=gate, scale=by.scale, shift=by.shift)

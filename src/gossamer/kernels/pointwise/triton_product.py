@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer.kernels.operators import through_operator
 from gossamer.kernels.pointwise.launch import (
     LOAD_VALUES,
     Launcher,
@@ -17,7 +18,6 @@ from gossamer.kernels.pointwise.launch import (
     power_of_two,
     require_shape,
     require_unit_stride,
-    through_operator,
     warps,
 )
 
@@ -117,7 +117,7 @@ def rescale_product(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`product.rescale_product` in one pass."""
-    if not through_operator():
+    if not through_operator(product):
         return launch_rescale_product(product, row_scale, column_scale, bias, dtype)
     require_rescalable(product, row_scale, column_scale, bias)
     out: torch.Tensor = rescale_product_op(product, row_scale, column_scale, bias, dtype)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gossamer.kernels.operators import through_operator
 from gossamer.kernels.pointwise.launch import (
     LOAD_VALUES,
     Launcher,
@@ -20,7 +21,6 @@ from gossamer.kernels.pointwise.launch import (
     head_tiles,
     require_shape,
     require_unit_stride,
-    through_operator,
     warps,
 )
 from gossamer.kernels.pointwise.modulate import EPS
@@ -213,7 +213,7 @@ def qk_norm_rope_(
 ) -> torch.Tensor:
     """`rotary.qk_norm_rope_` in one pass."""
     run: Callable[..., None] = launch_qk_norm_rope
-    if through_operator():
+    if through_operator(qkv):
         require_rotatable(qkv, rotation, norm, text.norm if text is not None else None)
         run = qk_norm_rope_op
     own = (text.norm.query, text.norm.key, text.tokens) if text is not None else (None, None, 0)
