@@ -14,8 +14,6 @@ changes the file. A tensor in a block type that is no matrix, so no linear layer
 from __future__ import annotations
 
 import mmap
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+from gossamer.checkpoints import mapped_file
 from gossamer.checkpoints.gguf_cursor import damaged
 from gossamer.checkpoints.gguf_header import PLAIN_TYPES, GgufHeader, GgufTensor, parse_header
 from gossamer.checkpoints.safetensors_file import require_file
-from gossamer.errors import FileMissingError, UnknownOptionError
+from gossamer.errors import UnknownOptionError
 from gossamer.formats import Packed
 from gossamer.formats.gguf import BLOCK_TYPES, unpack
 
@@ -55,8 +54,7 @@ def open_file(path: Path | str) -> GgufFile:
     """The checked header with the mapped file."""
     path = Path(path)
     mapping = _map(path)
-    # the tensor, and each view of it, keeps the mapping alive
-    return GgufFile(path, parse_header(path, mapping), mapping, torch.frombuffer(mapping, dtype=torch.uint8))
+    return GgufFile(path, parse_header(path, mapping), mapping, mapped_file.bytes_of(mapping))
 
 
 def read_tensor(file: GgufFile | Path | str, name: str) -> Packed | torch.Tensor:
@@ -78,11 +76,7 @@ def release(file: GgufFile, name: str) -> None:
     What was written into the tensor since is lost. Where the system cannot do this, nothing happens.
     """
     entry = _entry(file, name)
-    # whole pages only: the first and the last may hold a neighbour
-    start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0 and sys.platform == "linux":
-        file.mapping.madvise(mmap.MADV_DONTNEED, start, length)
+    mapped_file.release(file.mapping, entry.start, entry.stop)
 
 
 def _entry(file: GgufFile, name: str) -> GgufTensor:
@@ -109,24 +103,6 @@ def _tensor(file: GgufFile, entry: GgufTensor) -> Packed | torch.Tensor:
 
 
 def _map(path: Path) -> mmap.mmap:
-    """The whole file as private memory: read when it is looked at, and never written back."""
-    size = require_file(path)
-    if size == 0:
+    if require_file(path) == 0:
         damaged(path, "It has 0 bytes; the shortest header takes 24.")
-    try:
-        with path.open("rb") as file:
-            if sys.platform == "linux":
-                # without a reservation a file larger than the memory can be mapped, as only changed pages take memory
-                return mmap.mmap(
-                    file.fileno(),
-                    os.fstat(file.fileno()).st_size,
-                    flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0),  # known to Python from 3.13 on
-                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                )
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise FileMissingError(
-            f"{str(path)!r} cannot be mapped into memory.",
-            f"The system says: {error}.",
-            "Copy the file to a local disk and check that it is not being written to.",
-        ) from error
+    return mapped_file.map_file(path)

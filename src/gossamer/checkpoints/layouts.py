@@ -1,12 +1,11 @@
-"""Which layout a checkpoint file has, from the names and types of its tensors: data tables before code.
+"""Which layout a checkpoint has, from the names of its weights: data tables before code.
 
     layout        how its transformer tensors are called
     diffusers     transformer_blocks.0.attn.to_q.weight
     bfl           double_blocks.0.img_attn.qkv.weight, bare
     all-in-one    the same behind model.diffusion_model., text encoders and autoencoder perhaps beside it
 
-The components of a file are told apart by prefix. What the numbers are stored as is said by types and by tensors that
-stand beside a weight, such as its scale.
+The components of a file are told apart by prefix, or by names that one component alone has.
 """
 
 from __future__ import annotations
@@ -17,22 +16,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 TRANSFORMER = "transformer"
+CLIP, T5, VAE = "text_encoder", "text_encoder_2", "vae"
+COMPONENTS = (TRANSFORMER, CLIP, T5, VAE)
 
-# prefix of a component's tensors, the component, and the naming behind the prefix; longer prefixes stand first
+# prefix of a component's tensors, and the component; longer prefixes stand first
 PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.diffusion_model.", TRANSFORMER),
     ("diffusion_model.", TRANSFORMER),
     ("transformer.", TRANSFORMER),
-    ("text_encoders.clip_l.transformer.", "text_encoder"),
-    ("text_encoders.clip_l.", "text_encoder"),
-    ("text_encoders.t5xxl.transformer.", "text_encoder_2"),
-    ("text_encoders.t5xxl.", "text_encoder_2"),
-    ("cond_stage_model.clip_l.transformer.", "text_encoder"),
-    ("cond_stage_model.t5xxl.transformer.", "text_encoder_2"),
-    ("text_encoder_2.", "text_encoder_2"),
-    ("text_encoder.", "text_encoder"),
-    ("first_stage_model.", "vae"),
-    ("vae.", "vae"),
+    ("text_encoders.clip_l.transformer.", CLIP),
+    ("text_encoders.clip_l.", CLIP),
+    ("text_encoders.t5xxl.transformer.", T5),
+    ("text_encoders.t5xxl.", T5),
+    ("cond_stage_model.clip_l.transformer.", CLIP),
+    ("cond_stage_model.t5xxl.transformer.", T5),
+    ("conditioner.embedders.0.transformer.", CLIP),
+    ("conditioner.embedders.1.transformer.", T5),
+    ("conditioner.embedders.1.", T5),
+    ("text_encoder_2.", T5),
+    ("text_encoder.", CLIP),
+    ("first_stage_model.", VAE),
+    ("vae.", VAE),
 )
 
 # bare names that belong to one component alone
@@ -40,48 +44,28 @@ BARE: tuple[tuple[str, re.Pattern[str]], ...] = (
     (TRANSFORMER, re.compile(r"(double_blocks|single_blocks|(single_)?transformer_blocks)\.\d+\.")),
     (TRANSFORMER, re.compile(r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\.")),
     (TRANSFORMER, re.compile(r"(x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\.")),
-    ("text_encoder", re.compile(r"text_model\.|text_projection\.")),
-    ("text_encoder_2", re.compile(r"(encoder\.(block|final_layer_norm)|shared)\.")),
-    ("vae", re.compile(r"(encoder|decoder)\.(down|mid|up|conv|norm)|(post_)?quant_conv\.")),
+    (CLIP, re.compile(r"text_model\.|text_projection(\.|$)")),
+    (T5, re.compile(r"(encoder\.(block|embed_tokens|final_layer_norm)|shared)\.")),
+    (VAE, re.compile(r"(encoder|decoder)\.(down|mid|up|conv|norm)|(post_)?quant_conv\.")),
 )
 
 NAMINGS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("bfl", re.compile(r"(double|single)_blocks\.\d+\.")),
-    ("diffusers", re.compile(r"(single_)?transformer_blocks\.\d+\.")),
-)
-
-
-@dataclass(frozen=True)
-class Marker:
-    """A tensor ending that shows how the weights beside it are stored."""
-
-    storage: str
-    ending: str
-
-
-MARKERS: tuple[Marker, ...] = (
-    Marker("bitsandbytes nf4", ".quant_state.bitsandbytes__nf4"),
-    Marker("bitsandbytes fp4", ".quant_state.bitsandbytes__fp4"),
-    Marker("comfy_quant", ".comfy_quant"),
-    Marker("nunchaku", ".qweight"),
-    Marker("fp8 with two scales", ".weight_scale_2"),
-    Marker("scaled fp8", ".scale_weight"),
-    Marker("scaled fp8", ".weight_scale"),
+    ("bfl", re.compile(r"(double|single)_blocks\.\d+\.|(img|txt|time|vector|guidance)_in\.|final_layer\.")),
+    (
+        "diffusers",
+        re.compile(r"(single_)?transformer_blocks\.\d+\.|(x|context)_embedder\.|time_text_embed\.|norm_out\."),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint holds: tensor names by component, how the transformer's are called, and how they are stored.
+    """Names of a checkpoint by component, each with what is left of it behind its prefix; `other` belong to none."""
 
-    `other` are names that belong to no component. `markers` are the ways of storing that endings give away.
-    """
-
+    components: Mapping[str, Mapping[str, str]]
+    other: tuple[str, ...]
     naming: str | None
     prefix: str
-    components: Mapping[str, tuple[str, ...]]
-    other: tuple[str, ...]
-    markers: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -92,26 +76,29 @@ class Layout:
 
 
 def find_layout(names: Iterable[str]) -> Layout:
-    """The layout of a file with tensors of these names."""
-    components: dict[str, list[str]] = {}
-    other, bare, prefixes = [], Counter[str](), Counter[str]()
+    """The layout of a file with weights of these names."""
+    components: dict[str, dict[str, str]] = {}
+    other, prefixes = [], Counter[str]()
     for name in names:
         component, prefix = _place(name)
         if component is None:
             other.append(name)
             continue
-        components.setdefault(component, []).append(name)
+        components.setdefault(component, {})[name] = name.removeprefix(prefix)
         if component == TRANSFORMER:
             prefixes[prefix] += 1
-            bare.update(naming for naming, pattern in NAMINGS if pattern.match(name.removeprefix(prefix)))
-    everything = [name for part in components.values() for name in part] + other
     return Layout(
-        naming=bare.most_common(1)[0][0] if bare else None,
-        prefix=prefixes.most_common(1)[0][0] if prefixes else "",
-        components={component: tuple(found) for component, found in components.items()},
+        components=components,
         other=tuple(other),
-        markers=tuple(dict.fromkeys(m.storage for m in MARKERS if any(name.endswith(m.ending) for name in everything))),
+        naming=find_naming(components.get(TRANSFORMER, {}).values()),
+        prefix=prefixes.most_common(1)[0][0] if prefixes else "",
     )
+
+
+def find_naming(bare: Iterable[str]) -> str | None:
+    """How the tensors of a transformer are called: "bfl", "diffusers", or neither."""
+    counts = Counter(naming for name in bare for naming, pattern in NAMINGS if pattern.match(name))
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _place(name: str) -> tuple[str | None, str]:

@@ -108,7 +108,8 @@ def _pack_absmax(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"absmax_codes": codes, "absmax_scale": scale, "absmax_offset": offset.reshape(1)}
 
 
-def _absmax(packed: Packed) -> torch.Tensor:
+def block_scales(packed: Packed) -> torch.Tensor:
+    """Float32 (blocks,): the scale of each block, decoded where it is compressed."""
     tensors = packed.tensors
     if "absmax" in tensors:
         return tensors["absmax"]
@@ -117,7 +118,7 @@ def _absmax(packed: Packed) -> torch.Tensor:
 
 
 def _unpack(packed: Packed, dtype: torch.dtype, *, kind: str) -> torch.Tensor:
-    codes, absmax = packed.tensors["codes"], _absmax(packed)
+    codes, absmax = packed.tensors["codes"], block_scales(packed)
     count = packed.shape[0] * packed.shape[1]
     flat = _byte_values(kind, codes.device).index_select(0, codes.int()).view(torch.float32)[:count]
     whole = count - count % BLOCK
