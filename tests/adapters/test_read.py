@@ -151,14 +151,17 @@ def test_input_channels_that_no_control_lora_has(make_adapter, spec, tmp_path, c
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("lora_te1_text_model_embeddings_position_embedding.lora_down.weight", "changes of text encoders"),
-        ("text_encoder.text_model.encoder.layers.0.layer_norm1.lora_A.weight", "changes of text encoders"),
-        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.diff", "weight differences"),
-        ("transformer.proj_out.lora_magnitude_vector", "DoRA magnitudes"),
-        ("transformer.proj_out.dora_scale", "DoRA magnitudes"),
-        ("transformer.proj_out.lokr_w1", "LoKr factors"),
-        ("transformer.proj_out.hada_w1_a", "LoHa factors"),
-        ("transformer.proj_out.diff_b", "weight differences"),
+        ("lora_te1_text_model_embeddings_position_embedding.lora_down.weight", "Changes of embeddings"),
+        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.diff", "Changes of embeddings"),
+        ("text_encoder.text_model.encoder.layers.0.layer_norm1.lora_A.weight", "Changes of parts of text encoders"),
+        ("transformer.proj_out.oft_blocks", "Orthogonal factors"),
+        ("lora_unet_img_in.oft_diag", "Orthogonal factors"),
+        ("transformer.proj_out.a1.weight", "GLoRA factors"),
+        ("transformer.proj_out.on_input", "IA3 scales"),
+        ("transformer.proj_out.lora_mid.weight", "Factors of convolutions"),
+        ("lycoris_transformer_blocks_0_attn_norm_q.b_norm", "Biases of norms that have none"),
+        ("diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale.diff_b", "Biases of norms that have none"),
+        ("text_encoder_2.encoder.block.0.layer.0.layer_norm.diff_b", "Biases of norms that have none"),
         ("transformer.proj_out.surprise", "Keys of this kind"),
         ("lora_unet_final_layer_linear.lora_up.weight", "Keys for layers that other keys of the file change already"),
     ],
@@ -253,15 +256,13 @@ def test_checkpoints_are_not_adapters(file_of, spec, kinds, words):
 
 def test_what_is_neither_adapter_nor_known_checkpoint(file_of, spec):
     path = file_of({"head.weight": torch.ones(2, 2)})
-    refused(
-        path, spec, AdapterError, "is not an adapter", "None of its 1 keys is a low-rank factor; the first is 'head"
-    )
+    refused(path, spec, AdapterError, "is not an adapter", "None of its 1 keys is part of one; the first is 'head")
 
 
 @pytest.mark.parametrize(
     "ending", ["lora_down.weight", "lokr_w1", "hada_w1_a", "dora_scale", "diff", "oft_blocks", "on_input", "alpha"]
 )
-def test_kinds_of_adapters_that_are_not_read_are_adapters(file_of, spec, ending):
+def test_layers_that_the_model_does_not_have(file_of, spec, ending):
     path = file_of({f"odd_layer.{ending}": torch.ones(2, 2)})
     refused(path, spec, AdapterError, "1 of the 1 keys", "cannot be used")
 

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from gossamer.adapters import Adapter, LowRankTerm, read_adapter, write_adapter
+from gossamer.adapters import Adapter, KroneckerTerm, LowRankTerm, Matrix, read_adapter, write_adapter
 from gossamer.adapters.fused import join_terms, split_term
+from gossamer.adapters.rows import take_rows
 from gossamer.checkpoints.flux_names import Part
 from gossamer.checkpoints.safetensors_file import read_header
 from gossamer.errors import AdapterError, OutputError, UnknownOptionError
@@ -214,3 +215,22 @@ def test_places_that_cannot_be_written(make_adapter, tmp_path):
 def test_an_unknown_spelling(make_adapter, tmp_path):
     with pytest.raises(UnknownOptionError, match="diffusers, kohya, bfl"):
         write_adapter(make_adapter(), tmp_path / "a.safetensors", "a1111")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 12), min_size=2, max_size=2, unique=True),
+    order=st.permutations(range(3)),
+    rows=st.tuples(st.integers(0, 11), st.integers(0, 11)),
+)
+def test_rows_of_rows_of_a_kronecker_product(cuts, order, rows):
+    """Any ranges of any reordering of the rows are those of the matrix itself."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(3, 2, generator=generator), torch.randn(4, 5, generator=generator)
+    stops = [0, *sorted(cuts), 12]
+    ranges = [(stops[i], stops[i + 1]) for i in order if stops[i] < stops[i + 1]]
+    inner = ((min(rows), max(rows) + 1),)
+    term = KroneckerTerm(Matrix(left), Matrix(right)).rows(tuple(ranges)).rows(inner)
+    matrix = take_rows(take_rows(torch.kron(left, right), tuple(ranges)), inner)
+    assert term.shape == matrix.shape
+    assert torch.equal(take_rows(torch.kron(left, right), term.kept), matrix)

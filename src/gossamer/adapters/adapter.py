@@ -1,4 +1,4 @@
-"""An adapter as Gossamer knows it, whatever its file looked like: low-rank terms and replaced norm scales by their
+"""An adapter as Gossamer knows it, whatever its file looked like: terms of linears and changes of norms by their
 diffusers names, checked against the sizes of the model it is for.
 """
 
@@ -9,46 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gossamer.adapters.text_names import TEXT_ENCODERS, text_sizes
+from gossamer.adapters.terms import DecomposedTerm, LinearTerm
+from gossamer.adapters.text_names import TEXT_ENCODERS, text_norm_parameters, text_sizes
 from gossamer.errors import AdapterError, WrongModelError
-from gossamer.models.flux_spec import FluxSpec, Shape, linear_shapes, norm_shapes
+from gossamer.models.flux_spec import FluxSpec, linear_shapes, norm_shapes
 
 INPUT_LAYER = "x_embedder"
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankTerm:
-    """multiplier * up @ down, added to one linear's weight, and multiplier * bias, added to its bias.
-
-    `down` is (rank, in), `up` is (out, rank), `bias` is (out,) or None; `multiplier` is alpha / rank. The tensors keep
-    the type that the file gave them.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    multiplier: float = 1.0
-    bias: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        sound = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]
-        if not sound or (self.bias is not None and self.bias.shape != self.up.shape[:1]):
-            bias = "none" if self.bias is None else tuple(self.bias.shape)
-            raise AdapterError(
-                "The factors of a low-rank term do not fit together.",
-                f"down is {tuple(self.down.shape)}, up is {tuple(self.up.shape)}, bias is {bias}; "
-                "they have to be (rank, in), (out, rank) and (out,).",
-                "Check that all of them come from the same layer of the same file.",
-            )
-
-    @property
-    def rank(self) -> int:
-        """Rows of down, columns of up."""
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in) of the weight that this is added to."""
-        return self.up.shape[0], self.down.shape[1]
+TRANSFORMER = "transformer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +24,20 @@ class Adapter:
 
     `terms` are by linear, `replacements` by norm scale; a replacement takes the place of the model's values and has no
     strength. `text` holds the terms of each text encoder by component, then by linear, under the names of `text_names`.
+    `norm_differences` are added to parameters of norms, by component ("transformer" or a text encoder) and parameter.
     `unused` names the keys of the file that have no effect, with the reason. `metadata` is the file's own free text,
     `sha256` the file's, None for an adapter made in memory.
     """
 
     spec: FluxSpec
-    terms: Mapping[str, LowRankTerm]
+    terms: Mapping[str, LinearTerm]
     replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
     spelling: str = "diffusers"
     metadata: Mapping[str, str] = field(default_factory=dict)
     sha256: str | None = None
-    text: Mapping[str, Mapping[str, LowRankTerm]] = field(default_factory=dict)
+    text: Mapping[str, Mapping[str, LinearTerm]] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
+    norm_differences: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -80,7 +49,13 @@ class Adapter:
     def input_channels(self) -> int | None:
         """Channels that the adapted input layer reads; None when the adapter leaves that layer alone."""
         term = self.terms.get(INPUT_LAYER)
-        return None if term is None else term.shape[1]
+        return None if term is None or len(term.shape) < 2 else term.shape[1]
+
+    @property
+    def text_components(self) -> tuple[str, ...]:
+        """The text encoders that it changes."""
+        changed = {*self.text, *self.norm_differences}
+        return tuple(component for component in TEXT_ENCODERS if component in changed)
 
     def unused_by_reason(self) -> dict[str, list[str]]:
         """The keys that have no effect, under the reason why."""
@@ -91,7 +66,8 @@ class Adapter:
 
     def without_text(self) -> Adapter:
         """The transformer's part alone, for use without the text encoders' terms."""
-        return replace(self, text={})
+        own = {component: of for component, of in self.norm_differences.items() if component == TRANSFORMER}
+        return replace(self, text={}, norm_differences=own)
 
     @property
     def is_control(self) -> bool:
@@ -118,16 +94,15 @@ def allowed_input_widths(spec: FluxSpec) -> tuple[int, ...]:
 
 
 def _check_names(adapter: Adapter) -> None:
-    unknown = [name for name in adapter.terms if name not in linear_shapes(adapter.spec)]
-    unknown += [name for name in adapter.replacements if name not in norm_shapes(adapter.spec)]
-    unknown += [component for component in adapter.text if component not in TEXT_ENCODERS]
-    unknown += [
-        f"{component}.{name}"
-        for component, terms in adapter.text.items()
-        if component in TEXT_ENCODERS
-        for name in terms
-        if name not in text_sizes(component)
-    ]
+    linears, norms = linear_shapes(adapter.spec), norm_shapes(adapter.spec)
+    unknown = [name for name in adapter.terms if name not in linears]
+    unknown += [name for name in adapter.replacements if name not in norms]
+    for component, terms in adapter.text.items():
+        known = text_sizes(component) if component in TEXT_ENCODERS else {}
+        unknown += [f"{component}.{name}" for name in terms if name not in known] if known else [component]
+    for component, differences in adapter.norm_differences.items():
+        parameters = norms if component == TRANSFORMER else _text_parameters(component)
+        unknown += [f"{component}.{name}" for name in differences if name not in parameters]
     if unknown:
         raise WrongModelError(
             f"The adapter changes {len(unknown)} layers that the model does not have: {', '.join(unknown[:5])}"
@@ -137,23 +112,43 @@ def _check_names(adapter: Adapter) -> None:
         )
 
 
+def _text_parameters(component: str) -> frozenset[str]:
+    return text_norm_parameters(component) if component in TEXT_ENCODERS else frozenset()
+
+
 def _check_shapes(adapter: Adapter) -> None:
     shapes, norms = linear_shapes(adapter.spec), norm_shapes(adapter.spec)
     for name, term in adapter.terms.items():
-        out_features, in_features = shapes[name]
-        widths = allowed_input_widths(adapter.spec) if name == INPUT_LAYER else (in_features,)
-        if term.shape[0] != out_features or term.shape[1] not in widths:
+        fitting = [shapes[name]]
+        if name == INPUT_LAYER:
+            fitting = [(shapes[name][0], width) for width in allowed_input_widths(adapter.spec)]
+        if term.shape not in [shape[: len(term.shape)] for shape in fitting]:
             raise wrong_size(adapter.spec, name, term.shape, shapes[name])
-    for name, values in adapter.replacements.items():
-        if tuple(values.shape) != norms[name]:
-            raise wrong_size(adapter.spec, name, tuple(values.shape), norms[name])
+    for values in (adapter.replacements, adapter.norm_differences.get(TRANSFORMER, {})):
+        for name, value in values.items():
+            if tuple(value.shape) != norms[name]:
+                raise wrong_size(adapter.spec, name, tuple(value.shape), norms[name])
+    _check_input_layer(adapter)
 
 
-def _check_text_sizes(component: str, terms: Mapping[str, LowRankTerm]) -> None:
+def _check_input_layer(adapter: Adapter) -> None:
+    """DoRA's norms run over the inputs that it was trained with, and the model reads more of its own."""
+    term, channels = adapter.terms.get(INPUT_LAYER), adapter.input_channels
+    if isinstance(term, DecomposedTerm) and channels is not None and channels < adapter.spec.in_channels:
+        raise WrongModelError(
+            f"The DoRA of {INPUT_LAYER!r} was trained with {channels} input channels, and this model reads "
+            f"{adapter.spec.in_channels}.",
+            "Its magnitudes are those of a layer without the further channels, so they would shrink the channels that "
+            "both have; other kinds of adapters get zero columns instead.",
+            f"Use the adapter on the model that it was made for, or leave its change of {INPUT_LAYER!r} out.",
+        )
+
+
+def _check_text_sizes(component: str, terms: Mapping[str, LinearTerm]) -> None:
     """Terms of one encoder agree with each other; whether they fit an encoder shows when they are attached."""
     known: dict[str, tuple[int, str]] = {}
     for name, term in terms.items():
-        for symbol, size in zip(text_sizes(component)[name], term.shape, strict=True):
+        for symbol, size in zip(text_sizes(component)[name], term.shape, strict=False):  # a bias has no inputs
             expected, first = known.setdefault(symbol, (size, name))
             if size != expected:
                 raise AdapterError(

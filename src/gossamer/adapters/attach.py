@@ -6,32 +6,67 @@ as it was. What is attached is remembered on the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from gossamer.adapters import control
-from gossamer.adapters.adapter import INPUT_LAYER, Adapter, LowRankTerm, allowed_input_widths, describe
-from gossamer.adapters.text_encoders import TextEncoders, text_targets
+from gossamer.adapters.adapter import INPUT_LAYER, TRANSFORMER, Adapter, allowed_input_widths, describe
+from gossamer.adapters.build import layer_term
+from gossamer.adapters.cost import Cost, cost_of
+from gossamer.adapters.norms import NormChange, new_change, set_norms
+from gossamer.adapters.terms import DecomposedTerm, LinearTerm
+from gossamer.adapters.text_encoders import TextEncoders, text_norms, text_targets
 from gossamer.errors import AdapterError, WrongModelError
-from gossamer.layers import LowRank, QuantLinear
+from gossamer.layers import Decomposed, QuantLinear, Term
 from gossamer.models.flux_spec import FluxSpec
 from gossamer.models.swap import linear_layers
+
+Values = Mapping[str, torch.Tensor]
 
 RECORD = "attached_adapters"
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Layers by name, and how each was reached: a module by its parent's children and its name there.
+
+    So whether they are still in their places is known without a walk through the whole model.
+    """
+
+    layers: Mapping[str, QuantLinear]
+    steps: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module], ...]
+
+    @staticmethod
+    def of(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Places:
+        """The places of these layers."""
+        steps: dict[str, tuple[Mapping[str, nn.Module | None], str, nn.Module]] = {}
+        for name in layers:
+            module, path = model, ""
+            for part in name.split("."):
+                path, parent = f"{path}.{part}", module
+                module = parent.get_submodule(part)
+                steps.setdefault(path, (parent._modules, part, module))
+        return Places(layers, tuple(steps.values()))
+
+    def hold(self) -> bool:
+        """Whether nothing on the way was replaced."""
+        return all(children.get(name) is module for children, name, module in self.steps)
+
+
+@dataclass(frozen=True, eq=False)
 class Attachment:
-    """An adapter on a model: its strength, and the parameters whose place its norm scales took."""
+    """An adapter on a model: its strength, what it does to norms by component, where its terms are, and its memory."""
 
     adapter: Adapter
     scale: float
-    originals: Mapping[str, nn.Parameter]
+    places: Places
+    norms: Mapping[str, NormChange] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
 
 def attached(model: nn.Module) -> dict[str, Attachment]:
@@ -41,11 +76,15 @@ def attached(model: nn.Module) -> dict[str, Attachment]:
 
 def base_spec(model: nn.Module) -> FluxSpec:
     """The sizes of the model without any adapter: a Control LoRA's wider input layer does not count."""
-    layer = linear_layers(model).get(INPUT_LAYER)
+    return _base_spec(model, linear_layers(model))
+
+
+def _base_spec(model: nn.Module, layers: Mapping[str, QuantLinear]) -> FluxSpec:
+    layer = layers.get(INPUT_LAYER)
     if layer is None:
         raise _not_swapped([INPUT_LAYER])
     config = cast(Mapping[str, Any], model.config)
-    return FluxSpec.from_config({**config, "in_channels": layer.packed.shape[1]})
+    return FluxSpec.from_config({**config, "in_channels": layer.stored.shape[1]})
 
 
 def attach(
@@ -56,57 +95,97 @@ def attach(
     An adapter with terms for text encoders needs those encoders, by their diffusers names, here and in `set_scale` and
     `detach`: {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}.
     """
-    layers = linear_layers(model)
-    spec = base_spec(model)
-    texts = text_targets(adapter, text_encoders or {})
+    layers, encoders = linear_layers(model), text_encoders or {}
+    spec = _base_spec(model, layers)
+    texts, norms = text_targets(adapter, encoders), _norms(model, adapter, encoders, scale)
     _check(model, [*layers.values(), *(layer for layer, _ in texts)], spec, adapter, name)
     _check_terms(model, layers, adapter)
     _check_scale(adapter, name, scale)
     width = max(layers[INPUT_LAYER].in_features, adapter.input_channels or 0)
     # built on the device first: an allocation that fails leaves the model as it was
-    low_ranks = {target: _low_rank(layers[target], term, name, scale) for target, term in adapter.terms.items()}
-    text_low_ranks = [(layer, _low_rank(layer, term, name, scale)) for layer, term in texts]
-    if INPUT_LAYER in low_ranks:
-        low_ranks[INPUT_LAYER] = low_ranks[INPUT_LAYER].widened(width)
+    terms = _layer_terms(layers, adapter.terms, name, scale)
+    text_terms = {layer: layer_term(layer, term, name, scale) for layer, term in texts}
+    if layers[INPUT_LAYER] in terms:
+        terms[layers[INPUT_LAYER]] = terms[layers[INPUT_LAYER]].widened(width)
     control.set_input_width(model, layers[INPUT_LAYER], width)
-    for target, low_rank in low_ranks.items():
-        layers[target].add(low_rank)
-    for layer, low_rank in text_low_ranks:
-        layer.add(low_rank)
-    originals = control.replace_norms(model, adapter.replacements)
-    _remember(model, {**attached(model), name: Attachment(adapter, scale, originals)})
+    for layer, term in (*terms.items(), *text_terms.items()):
+        layer.add(term)
+    cost = sum((cost_of(encoder, text_terms) for encoder in encoders.values()), start=Cost(0))
+    places = Places.of(model, {target: layers[target] for target in adapter.terms})
+    record = Attachment(adapter, scale, places, norms, cost_of(model, terms) + cost)
+    _set_records(model, encoders, {**attached(model), name: record})
 
 
 def detach(model: nn.Module, name: str, text_encoders: TextEncoders | None = None) -> Adapter:
     """Take an adapter off; the model is then as if it had never been there. Hands the adapter back."""
-    layers = linear_layers(model)
-    record, targets = _find(model, layers, name, text_encoders)
+    record, targets = _find(model, name, text_encoders)
     for layer, _ in targets:
         layer.remove(name)
-    control.restore_norms(model, record.originals)
     others = {other: attachment for other, attachment in attached(model).items() if other != name}
-    _remember(model, others)
+    _set_records(model, text_encoders or {}, others)
     widths = [attachment.adapter.input_channels or 0 for attachment in others.values()]
-    control.set_input_width(model, layers[INPUT_LAYER], max([layers[INPUT_LAYER].packed.shape[1], *widths]))
+    first = model.get_submodule(INPUT_LAYER)
+    if isinstance(first, QuantLinear):
+        control.set_input_width(model, first, max([first.stored.shape[1], *widths]))
     return record.adapter
 
 
 def set_scale(model: nn.Module, name: str, scale: float, text_encoders: TextEncoders | None = None) -> None:
     """Change an adapter's strength from the next call on. Norm scales that it replaced stay replaced."""
-    record, targets = _find(model, linear_layers(model), name, text_encoders)
+    record, targets = _find(model, name, text_encoders)
     _check_scale(record.adapter, name, scale)
     for layer, term in targets:
         layer.set_scale(name, scale * term.multiplier)
-    _remember(model, {**attached(model), name: replace(record, scale=scale)})
+    norms = {component: change.at(scale) for component, change in record.norms.items()}
+    _set_records(model, text_encoders or {}, {**attached(model), name: replace(record, scale=scale, norms=norms)})
 
 
-def _low_rank(layer: QuantLinear, term: LowRankTerm, name: str, scale: float) -> LowRank:
-    low_rank = LowRank(name, term.down, term.up, scale * term.multiplier, term.bias)
-    low_rank.move(layer.packed.device)
-    return low_rank
+def _layer_terms(
+    layers: Mapping[str, QuantLinear], terms: Mapping[str, LinearTerm], name: str, scale: float
+) -> dict[QuantLinear, Term]:
+    made = {layers[target]: layer_term(layers[target], term, name, scale) for target, term in terms.items()}
+    for group in dict.fromkeys(term.whole for term in terms.values() if isinstance(term, DecomposedTerm)):
+        _share_norm([layers[target] for target in group], made)
+    return made
 
 
-def _remember(model: nn.Module, records: Mapping[str, Attachment]) -> None:
+def _share_norm(layers: Iterable[QuantLinear], made: Mapping[QuantLinear, Term]) -> None:
+    """Measure the columns of a fused module that a DoRA was trained on, over the layers that hold its parts here."""
+    parts = [(layer, term) for layer in layers if isinstance(term := made.get(layer), Decomposed)]
+    if not parts:
+        return
+    bases = ((layer.base_weight(torch.float32).to(layer.device), term) for layer, term in parts)  # one at a time
+    squares = [term.whole(base).square_().sum(0, keepdim=True) for base, term in bases]
+    norm = torch.stack(squares).sum(0).sqrt_()
+    for _, term in parts:
+        term.norm = norm
+
+
+def _norms(model: nn.Module, adapter: Adapter, encoders: TextEncoders, scale: float) -> dict[str, NormChange]:
+    """What the adapter does to norms, by component; nothing is changed yet."""
+    records = attached(model).values()
+
+    def change(component: str, module: nn.Module, replaced: Values, added: Values) -> NormChange:
+        there = [record.norms[component] for record in records if component in record.norms]
+        return new_change(module, there, replaced, added, scale)
+
+    texts = text_norms(adapter, encoders).items()
+    found = {component: change(component, encoders[component], {}, of_one) for component, of_one in texts}
+    own = adapter.norm_differences.get(TRANSFORMER, {})
+    if adapter.replacements or own:
+        found[TRANSFORMER] = change(TRANSFORMER, model, adapter.replacements, own)
+    return found
+
+
+def _set_records(model: nn.Module, encoders: TextEncoders, records: Mapping[str, Attachment]) -> None:
+    """Bring the norms to what these records say, and remember them."""
+    before = attached(model)
+    for component in dict.fromkeys(of for record in (*before.values(), *records.values()) for of in record.norms):
+        if component != TRANSFORMER and component not in encoders:
+            continue  # nothing of it changes: an adapter that changes it cannot come, go or be scaled without it
+        module = model if component == TRANSFORMER else encoders[component]
+        changes = ([of.norms[component] for of in each.values() if component in of.norms] for each in (before, records))
+        set_norms(module, *changes)
     if records:
         setattr(model, RECORD, dict(records))
     else:
@@ -114,8 +193,8 @@ def _remember(model: nn.Module, records: Mapping[str, Attachment]) -> None:
 
 
 def _find(
-    model: nn.Module, layers: Mapping[str, QuantLinear], name: str, text_encoders: TextEncoders | None
-) -> tuple[Attachment, list[tuple[QuantLinear, LowRankTerm]]]:
+    model: nn.Module, name: str, text_encoders: TextEncoders | None
+) -> tuple[Attachment, list[tuple[QuantLinear, LinearTerm]]]:
     """The record of an adapter all of whose terms are still in place, and each of them with its layer."""
     records = attached(model)
     if name not in records:
@@ -124,8 +203,9 @@ def _find(
             f"Attached: {', '.join(records) or 'none'}.",
             "Use one of the attached names.",
         )
-    adapter = records[name].adapter
-    lost = [target for target in adapter.terms if target not in layers or name not in layers[target].names()]
+    adapter, places = records[name].adapter, records[name].places
+    lost = [target for target, layer in places.layers.items() if not layer.has(name)]
+    lost += [] if places.hold() else list(places.layers)[:1]
     texts = text_targets(adapter, text_encoders or {})
     lost += ["the text encoders" for layer, _ in texts if name not in layer.names()]
     if lost:
@@ -134,7 +214,7 @@ def _find(
             "Something removed terms from single layers, or replaced layers, since the adapter was attached.",
             "Load the model again.",
         )
-    return records[name], [*((layers[target], term) for target, term in adapter.terms.items()), *texts]
+    return records[name], [*((places.layers[target], term) for target, term in adapter.terms.items()), *texts]
 
 
 # checks
@@ -184,7 +264,7 @@ def _check_scale(adapter: Adapter, name: str, scale: float) -> None:
 
 def _check_norms(model: nn.Module, adapter: Adapter) -> None:
     for other, record in attached(model).items():
-        shared = [parameter for parameter in adapter.replacements if parameter in record.originals]
+        shared = [parameter for parameter in adapter.replacements if parameter in record.adapter.replacements]
         if shared:
             raise AdapterError(
                 f"This adapter replaces norm scales that {other!r} has already replaced, such as {shared[0]!r}.",

@@ -34,7 +34,7 @@ FAMILIES: tuple[tuple[str, re.Pattern[str]], ...] = (
 # any key of any kind of adapter; a file without one is no adapter, whatever its keys remind of
 ADAPTER = re.compile(
     r"lora|lycoris|lokr_|hada_|glora|dora_scale|ip_adapter|vera_lambda"
-    r"|[._](b?oft|ia3|hra)_|\.(on_input|alpha|magnitude|diff|diff_b)$"
+    r"|[._](b?oft|ia3|hra)_|\.(on_input|alpha|magnitude|diff|diff_b|w_norm|b_norm)$"
 )
 
 # keys of whole checkpoints, alone or several in one file
@@ -52,13 +52,18 @@ CHECKPOINTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("a text encoder", re.compile(r"^(model\.)?layers\.\d+\.self_attn\.|(^|\.)transformer\.resblocks\.\d")),
 )
 
-# keys of adapters that belong to FLUX.1 but say something that is not read
+# what keys say that belong to FLUX.1 and yet are not read; the first that fits a key names it
 OTHER_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("changes of text encoders that are not low-rank terms of linears", re.compile(r"^(lora_te|text_encoder)")),
-    ("DoRA magnitudes", re.compile(r"(dora_scale|lora_magnitude_vector|\.magnitude)")),
-    ("LoKr factors", re.compile(r"\.lokr_")),
-    ("LoHa factors", re.compile(r"\.hada_")),
-    ("weight differences", re.compile(r"\.diff(_b)?$")),
+    ("Orthogonal factors (OFT, BOFT)", re.compile(r"[._]b?oft_|\.oft_diag$")),
+    ("GLoRA factors", re.compile(r"\.[ab][12]\.weight$|glora")),
+    ("IA3 scales", re.compile(r"\.on_input$|[._]ia3_")),
+    (
+        "Changes of embeddings",
+        re.compile(r"embed_tokens|(token|position)_embedding|\.shared\.|relative_attention_bias"),
+    ),
+    ("Biases of norms that have none", re.compile(r"norm[^.]*(\.scale|\.weight)?\.(b_norm|diff_b)$")),
+    ("Factors of convolutions", re.compile(r"\.lora_mid\.weight$")),
+    ("Changes of parts of text encoders that are neither linears nor norms", re.compile(r"^(lora_te|text_encoder)")),
 )
 
 BLOCK = re.compile(r"(double_blocks|single_blocks|single_transformer_blocks|transformer_blocks)[._](\d{1,3})[._]")
@@ -71,7 +76,7 @@ def only_without_effect(path: str, found: Recognised) -> AdapterError:
     return AdapterError(
         f"None of the {len(found.without_effect)} keys of {path!r} changes the model.",
         f"The first is {key!r}: {reason}.",
-        "Use an adapter that has low-rank factors for FLUX.1.",
+        "Use an adapter that changes layers of FLUX.1.",
     )
 
 
@@ -88,7 +93,7 @@ def explain_unused(
             f"The adapter was made for {made_for}{_stated(metadata)}. This model is FLUX.1 with {describe(spec)}.",
             "Use an adapter that was made for this model, or load the model that the adapter was made for.",
         )
-    kinds = [kind for kind, pattern in OTHER_KINDS if any(pattern.search(key) for key in found.left_over)]
+    kinds = list(dict.fromkeys(kind for key in found.left_over if (kind := _other_kind(key)) is not None))
     if any(not recognise([key], spec).left_over for key in found.left_over):
         kinds.append("Keys for layers that other keys of the file change already")
     return AdapterError(
@@ -107,9 +112,13 @@ def not_an_adapter(path: str, keys: list[str]) -> AdapterError | None:
     looks = f", and they look like a checkpoint of {' and '.join(parts)}" if parts else ""
     return AdapterError(
         f"{path!r} is not an adapter.",
-        f"None of its {len(keys)} keys is a low-rank factor{looks}; the first is {keys[0]!r}.",
+        f"None of its {len(keys)} keys is part of one{looks}; the first is {keys[0]!r}.",
         "Give the file of an adapter; a whole model is named with --model.",
     )
+
+
+def _other_kind(key: str) -> str | None:
+    return next((kind for kind, pattern in OTHER_KINDS if pattern.search(key)), None)
 
 
 def _other_family(keys: list[str]) -> str | None:

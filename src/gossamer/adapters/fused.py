@@ -1,42 +1,61 @@
-"""Low-rank terms of fused modules: one term of BFL's `qkv` or `linear1` into terms of its parts, and back.
+"""Terms of fused modules: one term of BFL's `qkv` or `linear1` into terms of its parts, and back.
 
-    split   every part shares `down` and takes its own rows of `up` and of the bias
-    join    `down` is shared where all parts have the same one; otherwise the downs are stacked, and `up` is zero
-            except for the block of each part's rows and its own columns
+    split   every part takes its own rows: of LoRA's and LoHa's ups, of a LoKr's product, of a difference, of the bias
+            and of a DoRA's row magnitudes; what belongs to the columns is shared
+    join    low-rank terms: `down` is shared where all parts have the same one; otherwise the downs are stacked, and
+            `up` is zero except for the block of each part's rows and its own columns
 
 Both are exact; only where parts of different alpha are joined do the multipliers go into `up`, in float32. Columns of a
 part's `up` that hold only zeros do nothing and are left out, so a block-sparse term splits into terms as small as those
-it was joined from.
+it was joined from. A DoRA whose magnitudes belong to the columns takes norms over the rows of all parts, so its parts
+remember each other's names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from gossamer.adapters.adapter import LowRankTerm
+from gossamer.adapters.terms import DecomposedTerm, LinearTerm, LowRankTerm, folded
 from gossamer.checkpoints.flux_names import Part
 
 
-def split_term(term: LowRankTerm, parts: Sequence[Part]) -> dict[str, LowRankTerm]:
+def split_term(term: LinearTerm, parts: Sequence[Part]) -> dict[str, LinearTerm]:
     """The terms of a BFL module's parts by diffusers name; a part that is left unchanged has none."""
     if _is_one_whole_linear(parts):
         return {parts[0].name: term}
-    terms = {part.name: _rows_of_term(term, part) for part in parts}
-    if len(parts) == 1:
-        return terms
-    trimmed = {name: _without_idle_columns(part_term) for name, part_term in terms.items()}
-    return {name: part_term for name, part_term in trimmed.items() if part_term is not None}
+    if len(parts) > 1 and isinstance(term, DecomposedTerm) and not term.of_rows:
+        term = replace(term, whole=tuple(part.name for part in parts))
+    split = {part.name: term.rows(part.rows) for part in parts}
+    if len(parts) == 1 or not isinstance(term, LowRankTerm):
+        return split
+    trimmed = {name: _without_idle_columns(part) for name, part in split.items() if isinstance(part, LowRankTerm)}
+    return {name: part for name, part in trimmed.items() if part is not None}
 
 
-def join_terms(terms: Mapping[str, LowRankTerm], parts: Sequence[Part]) -> LowRankTerm | None:
-    """The term of a BFL module from the terms of its parts; None when no part has one."""
+def join_terms(terms: Mapping[str, LinearTerm], parts: Sequence[Part]) -> LinearTerm | None:
+    """The term of a BFL module from the terms of its parts; None when no part has one.
+
+    Raises LookupError where a module of several parts has a part that is no low-rank term: most kinds cannot be joined.
+    """
     present = {part: terms[part.name] for part in parts if part.name in terms}
     if not present:
         return None
     if _is_one_whole_linear(parts):
         return next(iter(present.values()))
+    if len(parts) == 1:
+        ((part, term),) = present.items()
+        return term.rows(_inverse(part))
+    low_rank = {part: term for part, term in present.items() if isinstance(term, LowRankTerm)}
+    other = next((part.name for part in present if part not in low_rank), None)
+    if other is not None:
+        raise LookupError(other)
+    return _join_low_rank(low_rank, parts)
+
+
+def _join_low_rank(present: Mapping[Part, LowRankTerm], parts: Sequence[Part]) -> LowRankTerm:
     present = _with_one_multiplier(present)
     first = next(iter(present.values()))
     shared = len(present) == len(parts) and all(_same_bytes(term.down, first.down) for term in present.values())
@@ -50,15 +69,13 @@ def _is_one_whole_linear(parts: Sequence[Part]) -> bool:
     return len(parts) == 1 and not parts[0].rows
 
 
-def _rows_of(values: torch.Tensor, part: Part) -> torch.Tensor:
-    """The part's rows of (rows, ...), in the part's order."""
-    pieces = [values[start:stop] for start, stop in part.rows]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _rows_of_term(term: LowRankTerm, part: Part) -> LowRankTerm:
-    bias = None if term.bias is None else _rows_of(term.bias, part)
-    return LowRankTerm(term.down, _rows_of(term.up, part), term.multiplier, bias)
+def _inverse(part: Part) -> tuple[tuple[int, int], ...]:
+    """The ranges that put the rows of a part back where they came from."""
+    starts, done = [], 0
+    for start, stop in part.rows:
+        starts.append((start, (done, done + stop - start)))
+        done += stop - start
+    return tuple(rows for _, rows in sorted(starts))
 
 
 def _without_idle_columns(term: LowRankTerm) -> LowRankTerm | None:
@@ -76,15 +93,8 @@ def _with_one_multiplier(terms: Mapping[Part, LowRankTerm]) -> dict[Part, LowRan
     """A module has one alpha: where the parts differ, the multipliers go into up and bias, in float32."""
     if len({term.multiplier for term in terms.values()}) == 1:
         return dict(terms)
-    return {
-        part: LowRankTerm(
-            term.down,
-            term.up.float() * term.multiplier,
-            1.0,
-            None if term.bias is None else term.bias.float() * term.multiplier,
-        )
-        for part, term in terms.items()
-    }
+    pairs = ((part, folded(term)) for part, term in terms.items())
+    return {part: term for part, term in pairs if isinstance(term, LowRankTerm)}
 
 
 def _place_rows(target: torch.Tensor, part: Part, values: torch.Tensor) -> None:

@@ -6,7 +6,8 @@ with the settings of the text encoders under `text_encoder.` and `text_encoder_2
 `adapter_model.safetensors`, and the same settings of the one model that it wrapped in `adapter_config.json` beside it.
 
 The multiplier is lora_alpha / rank, or lora_alpha / sqrt(rank) where `use_rslora` is set; `alpha_pattern` gives single
-modules their own alpha, by regular expressions that match the end of a module's name.
+modules their own alpha, by regular expressions that match the end of a module's name. LoKr and LoHa call it `alpha`;
+where both factors of a LoKr are whole, its rank is in the settings alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import AdapterError, FileDamagedError
+from gossamer.errors import FileDamagedError
 
 KEY = "lora_adapter_metadata"
 FOLDER_WEIGHTS, FOLDER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -32,14 +33,18 @@ class PeftSettings:
 
     alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank: float | None = None
+    rank_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
 
-    def multiplier(self, module: str, rank: int) -> float:
-        """alpha / rank of one module by its diffusers name."""
-        alpha = next((value for end, value in self.alpha_pattern.items() if _matches(end, module)), self.alpha)
-        if alpha is None:
+    def multiplier(self, module: str, rank: int | None) -> float:
+        """alpha / rank of one module by its diffusers name; the rank of the settings where its factors have none."""
+        alpha = _of_module(self.alpha_pattern, module, self.alpha)
+        divisor = rank if rank is not None else _of_module(self.rank_pattern, module, self.rank)
+        if alpha is None or not divisor:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return alpha / (math.sqrt(divisor) if self.use_rslora else divisor)
 
 
 def with_folder_settings(path: Path, metadata: Mapping[str, str]) -> Mapping[str, str]:
@@ -74,20 +79,30 @@ def read_peft_settings(metadata: Mapping[str, str], component: str = "transforme
             f"It should be a JSON table of PEFT's settings: {error}.",
             "Save the adapter again, or remove that entry from its header.",
         ) from error
-    if settings.get("use_dora"):
-        raise AdapterError(
-            "This adapter was trained with DoRA.",
-            "Its header sets use_dora: without the magnitudes the factors mean something else.",
-            "Use an adapter that was trained without DoRA.",
-        )
     return found
 
 
 def _settings(settings: Mapping[str, Any]) -> PeftSettings:
-    alpha = settings.get("lora_alpha")
-    pattern = {re.compile(end).pattern: float(value) for end, value in (settings.get("alpha_pattern") or {}).items()}
-    return PeftSettings(None if alpha is None else float(alpha), pattern, bool(settings.get("use_rslora")))
+    return PeftSettings(
+        alpha=_number(settings.get("lora_alpha", settings.get("alpha"))),
+        alpha_pattern=_pattern(settings.get("alpha_pattern")),
+        rank=_number(settings.get("r")),
+        rank_pattern=_pattern(settings.get("rank_pattern")),
+        use_rslora=bool(settings.get("use_rslora")),
+        use_dora=bool(settings.get("use_dora")),
+    )
 
 
-def _matches(end: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({end})$", module) is not None
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _pattern(values: Mapping[str, Any] | None) -> dict[str, float]:
+    """Numbers by regular expression, each of them checked."""
+    return {re.compile(end).pattern: float(value) for end, value in (values or {}).items()}
+
+
+def _of_module(pattern: Mapping[str, float], module: str, default: float | None) -> float | None:
+    """The number of the first expression that matches the end of the module's name."""
+    matching = (value for end, value in pattern.items() if re.match(rf"(.*\.)?({end})$", module))
+    return next(matching, default)

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from gossamer.adapters import text_names
-from gossamer.adapters.spelling_tables import ENDINGS, SPELLINGS, UNDERSCORED_PREFIXES, WRAPPERS, Role, Spelling
+from gossamer.adapters.spelling_tables import (
+    ENDINGS,
+    NORM_ENDINGS,
+    SCALED,
+    SPELLINGS,
+    UNDERSCORED_PREFIXES,
+    WRAPPERS,
+    Role,
+    Spelling,
+)
 from gossamer.checkpoints.flux_names import Part, kohya_name
 from gossamer.models.flux_spec import FluxSpec
 
@@ -29,7 +38,7 @@ WITHOUT_EFFECT: tuple[tuple[re.Pattern[str], str], ...] = (
         "FLUX.1 takes CLIP's output before the text projection, so a change of it has no effect",
     ),
 )
-LONE_ALPHA = "alpha, a strength, of a module for which the file has no factors"
+LONE_ALPHA = "alpha, a strength, of a module for which the file has no factors that it scales"
 
 
 Roles = Mapping[Role, str]
@@ -40,14 +49,16 @@ class Recognised:
     """What the keys of a file are.
 
     `modules` has the keys of each module of the transformer by role, under the linears in it; `text` the same for each
-    linear of each text encoder; `norms` the key of each norm scale; `without_effect` the reason for each key that does
-    nothing. `left_over` are the keys that nothing here understands, or that say a thing twice.
+    linear of each text encoder; `norms` the key of each norm scale that is replaced; `changed_norms` the key of what is
+    added to a norm's parameter, by component and parameter; `without_effect` the reason for each key that does nothing.
+    `left_over` are the keys that nothing here understands, or that say a thing twice.
     """
 
     spelling: Spelling
     modules: Mapping[tuple[Part, ...], Roles]
     text: Mapping[str, Mapping[str, Roles]]
     norms: Mapping[str, str]
+    changed_norms: Mapping[str, Mapping[str, str]]
     without_effect: Mapping[str, str]
     left_over: tuple[str, ...]
 
@@ -72,10 +83,14 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Names:
-    """Modules and norm scales by the names that stand behind some prefix."""
+    """Modules and norm scales by the names that stand behind some prefix; of `component`, the parameters of norms that
+    may be changed, by what the file has for them.
+    """
 
+    component: str
     modules: Mapping[str, _Module]
     norms: Mapping[str, str]
+    changed_norms: Mapping[str, str]
 
 
 _Places = dict[tuple[str, tuple[Part, ...]], dict[Role, str]]
@@ -86,17 +101,21 @@ def recognise(keys: list[str], spec: FluxSpec) -> Recognised:
     without_effect = {key: reason for key in keys if (reason := _no_effect(key)) is not None}
     found: dict[str, tuple[_Module, Role]] = {}
     norms: dict[str, str] = {}
+    changed: dict[str, dict[str, str]] = {}
     for key in keys:
         names, name = _names_for(key, spec)
-        place, norm = _place(name, names), names.norms.get(name)
+        place = _place(name, names)
         if place is not None and key not in without_effect:
             found[key] = place
-        elif norm is not None:
-            norms.setdefault(norm, key)
+        elif name in names.norms:
+            norms.setdefault(names.norms[name], key)
+        elif name in names.changed_norms:
+            changed.setdefault(names.component, {}).setdefault(names.changed_norms[name], key)
     places, spelling = _claim_places(found)
-    lone = [roles["alpha"] for roles in places.values() if roles.keys() == {"alpha"}]
-    without_effect |= dict.fromkeys(lone, LONE_ALPHA)
-    placed = {key for roles in places.values() for key in roles.values()}.union(norms.values(), without_effect)
+    idle = [roles["alpha"] for roles in places.values() if "alpha" in roles and not roles.keys() & SCALED]
+    without_effect |= dict.fromkeys(idle, LONE_ALPHA)
+    changing = [*norms.values(), *(key for of_one in changed.values() for key in of_one.values())]
+    placed = {key for roles in places.values() for key in roles.values()}.union(changing, without_effect)
     return Recognised(
         spelling=spelling,
         modules=_of(TRANSFORMER, places),
@@ -106,6 +125,7 @@ def recognise(keys: list[str], spec: FluxSpec) -> Recognised:
             if (of_one := _of(component, places))
         },
         norms=norms,
+        changed_norms=changed,
         without_effect=without_effect,
         left_over=tuple(key for key in keys if key not in placed),
     )
@@ -134,7 +154,7 @@ def _claim_places(found: Mapping[str, tuple[_Module, Role]]) -> tuple[_Places, S
 
 
 def _of(component: str, places: _Places) -> dict[tuple[Part, ...], Roles]:
-    """The places in one component that something fills, more than an alpha alone."""
+    """The places in one component that something fills, more than an alpha alone, which has no effect."""
     return {parts: roles for (owner, parts), roles in places.items() if owner == component and roles.keys() - {"alpha"}}
 
 
@@ -177,21 +197,41 @@ def _without_last_underscore(name: str) -> str:
 @lru_cache(maxsize=8)
 def _transformer_names(spec: FluxSpec, underscored: bool) -> _Names:
     chosen = [spelling for spelling in SPELLINGS if spelling.underscored == underscored]
+    norms = {name: norm for spelling in chosen for name, norm in spelling.norms(spec).items()}
+    modules = {name: norm for spelling in chosen for name, norm in spelling.changed_norms(spec).items()}
     return _Names(
+        component=TRANSFORMER,
         modules={
             name: _Module(spelling.name, TRANSFORMER, parts)
             for spelling in chosen
             for name, parts in spelling.modules(spec).items()
         },
-        norms={name: norm for spelling in chosen for name, norm in spelling.norms(spec).items()},
+        norms=norms,
+        # by the module's name or, as some extracts have it, the parameter's; these norms have no bias
+        changed_norms={
+            name + ending: norm
+            for name, norm in {**modules, **norms}.items()
+            for ending, parameter in NORM_ENDINGS.items()
+            if parameter == "weight"
+        },
     )
 
 
 @lru_cache
 def _text_names(component: str, underscored: bool) -> _Names:
     spelling, spell = ("kohya", kohya_name) if underscored else ("diffusers", str)
-    modules = {
-        spell(name): _Module(spelling, component, (Part(canonical),))
-        for name, canonical in text_names.text_modules(component).items()
-    }
-    return _Names(modules, {})
+    parameters = text_names.text_norm_parameters(component)
+    return _Names(
+        component=component,
+        modules={
+            spell(name): _Module(spelling, component, (Part(canonical),))
+            for name, canonical in text_names.text_modules(component).items()
+        },
+        norms={},
+        changed_norms={
+            spell(name) + ending: f"{norm}.{parameter}"
+            for name, norm in text_names.text_norms(component).items()
+            for ending, parameter in NORM_ENDINGS.items()
+            if f"{norm}.{parameter}" in parameters
+        },
+    )

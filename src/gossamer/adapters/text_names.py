@@ -18,10 +18,16 @@ MOST_LAYERS = 64  # CLIP-L has 12, T5-XXL 24
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder: `layer` is the name of one layer, `linears` the symbols for (out, in) of the linears in it."""
+    """A text encoder: `layer` is the name of one layer, `linears` the symbols for (out, in) of the linears in it.
+
+    `norms` are the norms of a layer, `last_norm` the one behind all layers, each with `norm_parameters`.
+    """
 
     layer: str
     linears: Mapping[str, tuple[str, str]]
+    norms: tuple[str, ...]
+    last_norm: str
+    norm_parameters: tuple[str, ...]
     optional_root: str = ""
 
 
@@ -36,7 +42,10 @@ TEXT_ENCODERS: Mapping[str, TextEncoder] = {
             "mlp.fc1": ("mlp width", "width"),
             "mlp.fc2": ("width", "mlp width"),
         },
-        CLIP_ROOT,
+        norms=("layer_norm1", "layer_norm2"),
+        last_norm=CLIP_ROOT + "final_layer_norm",
+        norm_parameters=("weight", "bias"),
+        optional_root=CLIP_ROOT,
     ),
     "text_encoder_2": TextEncoder(
         "encoder.block.{i}.",
@@ -49,6 +58,9 @@ TEXT_ENCODERS: Mapping[str, TextEncoder] = {
             "layer.1.DenseReluDense.wi_1": ("mlp width", "width"),
             "layer.1.DenseReluDense.wo": ("width", "mlp width"),
         },
+        norms=("layer.0.layer_norm", "layer.1.layer_norm"),
+        last_norm="encoder.final_layer_norm",
+        norm_parameters=("weight",),
     ),
 }
 
@@ -83,3 +95,19 @@ def text_modules(component: str) -> Mapping[str, str]:
     root = TEXT_ENCODERS[component].optional_root
     names = text_sizes(component)
     return {**{name.removeprefix(root): name for name in names}, **{name: name for name in names}}
+
+
+@lru_cache
+def text_norms(component: str) -> Mapping[str, str]:
+    """Every name that a text encoder's norm goes by, and its canonical one."""
+    encoder = TEXT_ENCODERS[component]
+    names = [encoder.layer.format(i=i) + norm for i in range(MOST_LAYERS) for norm in encoder.norms]
+    names.append(encoder.last_norm)
+    return {**{name.removeprefix(encoder.optional_root): name for name in names}, **{name: name for name in names}}
+
+
+@lru_cache
+def text_norm_parameters(component: str) -> frozenset[str]:
+    """The canonical names of all parameters of a text encoder's norms."""
+    parameters = TEXT_ENCODERS[component].norm_parameters
+    return frozenset(f"{norm}.{parameter}" for norm in text_norms(component).values() for parameter in parameters)

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from gossamer.adapters.adapter import Adapter, LowRankTerm
+from gossamer.adapters.adapter import TRANSFORMER, Adapter
 from gossamer.adapters.fused import join_terms
 from gossamer.adapters.peft_settings import KEY as PEFT_SETTINGS
-from gossamer.adapters.spelling_tables import Role, Spelling, Written, find_written
+from gossamer.adapters.roles import roles_of
+from gossamer.adapters.spelling_tables import PEFT_MAGNITUDE, Spelling, Written, find_written
+from gossamer.adapters.terms import DecomposedTerm, LinearTerm
 from gossamer.checkpoints.flux_names import kohya_name
 from gossamer.errors import AdapterError, OutputError
 
@@ -34,43 +36,87 @@ def write_adapter(
 
 def adapter_tensors(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
     """The tensors of the adapter's file, by key."""
-    prefix = written.prefix
-    terms: dict[str, LowRankTerm | None] = {
-        prefix + module: join_terms(adapter.terms, parts) for module, parts in spelling.modules(adapter.spec).items()
-    }
-    terms |= _text_terms(adapter, spelling, written)
     tensors: dict[str, torch.Tensor] = {}
+    terms = _transformer_terms(adapter, spelling, written) | _text_terms(adapter, spelling, written)
     for module, term in terms.items():
-        if term is not None:
-            tensors |= {module + ending: value for ending, value in _endings(term, spelling, written).items()}
-    file_names = {name: file_name for file_name, name in spelling.norms(adapter.spec).items()}
-    if adapter.replacements and not file_names:
-        raise _cannot_say(spelling, "replaced norm scales")
-    tensors |= {f"{prefix}{file_names[name]}": values for name, values in adapter.replacements.items()}
+        tensors |= {module + ending: value for ending, value in _endings(term, spelling, written).items()}
+    tensors |= _replaced_norms(adapter, spelling, written)
+    tensors |= _changed_norms(adapter, spelling, written)
     # the parts of a fused module share their `down`, which a safetensors file does not allow
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-def _text_terms(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, LowRankTerm]:
-    named: dict[str, LowRankTerm] = {}
-    for component, terms in adapter.text.items():
-        if component not in written.text_prefixes:
-            raise _cannot_say(spelling, f"terms of the {component}")
-        for name, term in terms.items():
-            named[written.text_prefixes[component] + (kohya_name(name) if spelling.underscored else name)] = term
+def _transformer_terms(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, LinearTerm]:
+    named: dict[str, LinearTerm] = {}
+    for module, parts in spelling.modules(adapter.spec).items():
+        try:
+            term = join_terms(adapter.terms, parts)
+        except LookupError as error:
+            kind = "a term that is not low-rank for a part of a fused module"
+            raise _cannot_say(spelling, f"{kind}, {error.args[0]!r}") from error
+        if term is not None:
+            named[written.prefix + module] = term
     return named
 
 
-def _endings(term: LowRankTerm, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
-    values: dict[Role, torch.Tensor] = {"down": term.down, "up": term.up}
-    if term.bias is not None:
-        values["bias"] = term.bias
-    if term.multiplier != 1 or written.always_alpha:
-        values["alpha"] = torch.tensor(term.multiplier * term.rank, dtype=torch.float32)
+def _text_terms(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, LinearTerm]:
+    return {
+        _text_prefix(component, spelling, written) + _spelled(name, spelling): term
+        for component, terms in adapter.text.items()
+        for name, term in terms.items()
+    }
+
+
+def _replaced_norms(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
+    file_names = {name: file_name for file_name, name in spelling.norms(adapter.spec).items()}
+    if adapter.replacements and not file_names:
+        raise _cannot_say(spelling, "replaced norm scales")
+    return {written.prefix + file_names[name]: values for name, values in adapter.replacements.items()}
+
+
+def _changed_norms(adapter: Adapter, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
+    """Differences of norms: `.diff` for a scale, `.diff_b` for a bias."""
+    file_names = {name: file_name for file_name, name in spelling.changed_norms(adapter.spec).items()}
+    tensors = {}
+    for component, differences in adapter.norm_differences.items():
+        for parameter, value in differences.items():
+            norm, _, attribute = parameter.rpartition(".")
+            if component == TRANSFORMER:
+                stem = written.prefix + file_names[parameter]
+            else:
+                stem = _text_prefix(component, spelling, written) + _spelled(norm, spelling)
+            tensors[stem + (".diff" if attribute == "weight" else ".diff_b")] = value
+    return tensors
+
+
+def _text_prefix(component: str, spelling: Spelling, written: Written) -> str:
+    if component not in written.text_prefixes:
+        raise _cannot_say(spelling, f"terms of the {component}")
+    return written.text_prefixes[component]
+
+
+def _spelled(name: str, spelling: Spelling) -> str:
+    return kohya_name(name) if spelling.underscored else name
+
+
+def _endings(term: LinearTerm, spelling: Spelling, written: Written) -> dict[str, torch.Tensor]:
+    if isinstance(term, DecomposedTerm) and term.whole:
+        raise AdapterError(
+            "This adapter cannot be written.",
+            f"Its magnitudes are of columns of a fused module that holds {' and '.join(term.whole)}, and no spelling "
+            "that is written says which columns belong together.",
+            "Use the file that it was read from.",
+        )
+    values = roles_of(term, always_alpha=written.always_alpha)
     missing = [role for role in values if role not in written.endings]
     if missing:
         raise _cannot_say(spelling, f"a {missing[0]}")
-    return {written.endings[role]: value for role, value in values.items()}
+    tensors = {written.endings[role]: value for role, value in values.items()}
+    if written.endings.get("magnitude") == PEFT_MAGNITUDE and "magnitude" in values:
+        # PEFT's is a vector, and of rows only; others have the shape that says which
+        magnitude = tensors.pop(PEFT_MAGNITUDE)
+        tensors |= {PEFT_MAGNITUDE: magnitude[:, 0]} if magnitude.shape[1] == 1 else {".dora_scale": magnitude}
+    return tensors
 
 
 def _cannot_say(spelling: Spelling, what: str) -> AdapterError:
