@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 
+from gossamer.kernels.attention_values_kernel import encode_values
 from gossamer.kernels.pointwise import HeadNorm, Modulation, Rotation, TextNorm
 from gossamer.kernels.pointwise.backends import Pointwise, triton_functions
 
@@ -116,11 +117,20 @@ def other_cases(functions: Pointwise, device: torch.device) -> list[Case]:
     ]
 
 
+def attention_cases(device: torch.device) -> list[Case]:
+    """The values of an attention in eight bits, from the buffer of a single block."""
+    single = [torch.randn(1, TOKENS, 3 * WIDTH + MLP_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
+    values = [x[..., 2 * WIDTH : 3 * WIDTH].unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2) for x in single]
+    return [("attention values fp8", in_turn(encode_values, values), TOKENS * WIDTH * 3)]
+
+
 def cases(device: torch.device | None = None) -> list[Case]:
     """Every case that the chip can run."""
     device = device if device is not None else torch.device("cuda", torch.cuda.current_device())
     functions = triton_functions()
     found = other_cases(functions, device)
+    if "fp8" in row_types(device):
+        found += attention_cases(device)
     for name, dtype in row_types(device).items():
         found += row_cases(functions, name, dtype, device)
     return found

@@ -7,8 +7,8 @@ from itertools import chain
 
 import torch
 
-from gossamer.kernels import decode as decoding
-from gossamer.kernels.decode import Geometry
+from gossamer.kernels import decode_geometry
+from gossamer.kernels.decode_geometry import Geometry
 
 OUTPUTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 STORAGES = ("nf4", "Q4_K", "Q8_0", "Q6_K")
@@ -55,7 +55,7 @@ TRITON_TERMS = Variant(64, 128, 4, 1, 128, 8)
 
 def plain_variants(storage: str, output: str) -> list[Variant]:
     """Without terms, the most promising first."""
-    first = of(decoding.chosen_geometry(storage, OUTPUTS[output], 0), 1)
+    first = of(decode_geometry.chosen_geometry(storage, OUTPUTS[output], 0), 1)
     if not first.run:
         return [first, Variant(16, 512, 4, tiles=1)]
     found = [first, replace(first, rows=8), TRITON_PLAIN, replace(first, rows=8, tiles=4), replace(first, tiles=4)]
@@ -64,7 +64,7 @@ def plain_variants(storage: str, output: str) -> list[Variant]:
         found.append(replace(first, run=other))
     if storage in ("Q8_0", "Q4_K"):
         found += [replace(first, run=8, kept=96, down=2), replace(first, rows=8, run=8, kept=96, down=2)]
-    terms = decoding.chosen_geometry(storage, OUTPUTS[output], 16)
+    terms = decode_geometry.gluon_terms(storage, OUTPUTS[output])
     found += [
         of(terms, 1),
         of(terms, 4),
@@ -79,7 +79,7 @@ def plain_variants(storage: str, output: str) -> list[Variant]:
 def term_variants(storage: str, output: str, rank: int) -> list[Variant]:
     """With terms, the most promising first. 12 columns of tiles; one round is what 132 multiprocessors hold."""
     few = rank <= 32
-    first = of(decoding.chosen_geometry(storage, OUTPUTS[output], rank), 21 if few else 32)
+    first = of(decode_geometry.gluon_terms(storage, OUTPUTS[output]), 21 if few else 32)
     found = [first, replace(first, tiles=8), replace(first, tiles=11)]
     if few:
         # the transposed product: 6 columns of tiles of 8 rows

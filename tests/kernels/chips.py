@@ -56,14 +56,18 @@ SHOWN = ("bf16", "int8", "Q8_0", "nf4")
 
 
 def chip_table() -> str:
-    """What "auto" chooses on each chip: compute for some formats, and the backends for nf4."""
-    header = ["chip", "capability", *SHOWN, "decodes nf4", "product of nf4", "attention, 128 wide"]
+    """What "auto" chooses on each chip: compute for some formats, and the backends for nf4, heads 128 wide.
+
+    The last column is the attention where exact attention is asked for.
+    """
+    header = ["chip", "capability", *SHOWN, "decodes nf4", "product of nf4", "attention of nf4", "exact attention"]
     rows = [header, ["---"] * len(header)]
     for name, chip in CHIPS.items():
         choices = [choose(chip, storage) for storage in SHOWN]
         computes = [choice.compute for choice in choices]
         last = choices[-1]
-        rows.append([name, chip.chip, *computes, last.decode, last.product, last.attention])
+        exact = choose(chip, SHOWN[-1], attention="exact")
+        rows.append([name, chip.chip, *computes, last.decode, last.product, last.attention, exact.attention])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from gossamer.kernels import decode
+from gossamer.kernels import decode_geometry
 from gossamer.kernels.decode_gluon import gluon_decode_kernel
 from gossamer.kernels.decode_kernel import decode_kernel, row_scale_kernel
 from gossamer.kernels.decode_support import READABLE
@@ -29,6 +29,7 @@ OUTPUTS = {"bf16": ("*bf16", "float"), "fp16": ("*fp16", "float"), "fp32": ("*fp
 OUTPUTS |= {"fp8": ("*fp8e4nv", "fp8"), "int8": ("*i8", "int8")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+UNALIGNED = ("band_rows", "tiles_each")
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
@@ -36,7 +37,8 @@ LARGEST = {"fp8": 448.0, "int8": 127.0}
 class Case:
     """`terms` is the type of the low-rank factors, or "" without any; `kernel` is decode or row_scale.
 
-    `turned` asks for the transposed product, `by_triton` for the kernel whose layouts Triton chooses.
+    `turned` asks for the transposed product, `by_triton` for the kernel whose layouts Triton chooses, `by_gluon` for
+    the one that states them.
     """
 
     storage: str
@@ -48,6 +50,7 @@ class Case:
     later_ranks: bool = False
     turned: bool = False
     by_triton: bool = False
+    by_gluon: bool = False
 
 
 def cases(chip: int) -> list[Case]:
@@ -66,6 +69,7 @@ def cases(chip: int) -> list[Case]:
     found += [Case(storage, byte, half, turned=True) for storage in ("nf4", "Q4_K", "Q8_0", "Q6_K") if chip >= 80]
     if chip in BY_TRITON:
         found += [Case(name, byte, terms, by_triton=True) for name in one_of_each_family() for terms in (half, "")]
+        found += [Case(name, byte, half, by_gluon=True) for name in one_of_each_family()]
     found += [Case("nf4", byte, half, "row_scale", ranks=32), Case("Q6_K", byte, "", "row_scale", even=False)]
     return found
 
@@ -89,22 +93,24 @@ def _stored_types(storage: str, chip: int) -> dict[str, str]:
     return types
 
 
-def _geometry(case: Case, chip: int) -> decode.Geometry:
+def _geometry(case: Case, chip: int) -> decode_geometry.Geometry:
     if case.kernel != "decode":
-        return decode.ROW_SCALE_WITH_TERMS if case.terms else decode.ROW_SCALE
+        return decode_geometry.ROW_SCALE_WITH_TERMS if case.terms else decode_geometry.ROW_SCALE
     if chip < 80 or case.terms == "fp32" or case.by_triton:
-        return decode.WITH_TERMS if case.terms else decode.STORED_ONLY
-    chosen = decode.chosen_geometry(case.storage, DTYPES[case.output], case.ranks if case.terms else 0)
-    return replace(chosen, rows=8, cols=512, down=4) if case.turned else chosen
+        return decode_geometry.WITH_TERMS if case.terms else decode_geometry.STORED_ONLY
+    if case.turned or case.by_gluon:
+        chosen = decode_geometry.gluon_terms(case.storage, DTYPES[case.output])
+        return replace(chosen, rows=8, cols=512, down=4) if case.turned else chosen
+    return decode_geometry.chosen_geometry(case.storage, DTYPES[case.output], case.ranks if case.terms else 0)
 
 
-def source(case: Case, geometry: decode.Geometry, chip: int) -> ASTSource:
+def source(case: Case, geometry: decode_geometry.Geometry, chip: int) -> ASTSource:
     """The kernel as `decode` would launch it on a layer of FLUX: all sizes and addresses multiples of 16."""
     decoding = case.kernel == "decode"
     fn = (gluon_decode_kernel if geometry.run else decode_kernel) if decoding else row_scale_kernel
     pointer, output = OUTPUTS[case.output]
     stored = READABLE[case.storage]
-    types = dict.fromkeys(("rows", "width", "stored_width", "row_bytes", "rank", "out_stride", "tiles_each"), "i32")
+    types = dict.fromkeys(("rows", "width", "stored_width", "row_bytes", "rank", "out_stride", *UNALIGNED), "i32")
     types |= {} if case.terms and decoding else {"tiles_each": "constexpr"}
     types |= {"out": pointer} | _stored_types(case.storage, chip)
     types |= {"row_scale": "*fp32"} if output != "float" else {}
@@ -129,12 +135,12 @@ def source(case: Case, geometry: decode.Geometry, chip: int) -> ASTSource:
     }
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
     constexprs = {(i,): constants.get(name) for i, name in enumerate(fn.arg_names) if signature[name] == "constexpr"}
-    known = [i for i, name in enumerate(fn.arg_names) if signature[name] != "constexpr" and name != "tiles_each"]
+    known = [i for i, name in enumerate(fn.arg_names) if signature[name] != "constexpr" and name not in UNALIGNED]
     aligned = {(i,): [["tt.divisibility", 16]] for i in known}
     return (GluonASTSource if geometry.run else ASTSource)(fn, signature, constexprs, aligned)
 
 
-def compiled(case: Case, chip: int, geometry: decode.Geometry | None = None):
+def compiled(case: Case, chip: int, geometry: decode_geometry.Geometry | None = None):
     """The compiled kernel of a case."""
     geometry = geometry or _geometry(case, chip)
     options = {"num_warps": geometry.warps, "enable_fp_fusion": False}

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import pytest
 
 HAS_TRITON = find_spec("triton") is not None
-collect_ignore_glob = [] if HAS_TRITON else ["test_*decode*.py", "test_pointwise_*.py"]
+NEED_TRITON = ["test_*decode*.py", "test_pointwise_*.py", *(f"test_attention_{part}.py" for part in ("triton", "gpu"))]
+collect_ignore_glob = [] if HAS_TRITON else [*NEED_TRITON, "test_attention_compile.py"]
 
 
 @pytest.fixture(autouse=HAS_TRITON)

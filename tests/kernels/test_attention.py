@@ -29,7 +29,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("head_dim", [32, 128])
 def test_the_chosen_backend_runs_and_is_right(device, dtype, head_dim):
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    backend = attention_backend(detect(device), name, head_dim).name
+    backend = attention_backend(detect(device), name, head_dim, compute=name).name
     q, k, v = qkv(device, dtype, head_dim=head_dim)
     result = attend(q, k, v, backend)
     assert result.dtype == dtype

@@ -17,7 +17,7 @@ PARTS = {
     "compute": set(COMPUTES),
     "decode": {"none", "triton", "torch"},
     "merge": {"triton", "torch"},
-    "attention": {"cudnn", "flash", "efficient", "math"},
+    "attention": {"fp8_values", "cudnn", "flash", "efficient", "math"},
 }
 
 
@@ -257,14 +257,58 @@ def test_which_fp8_product(chip, changes, expected):
     ],
 )
 def test_which_attention(chip, changes, activations, head_dim, expected):
-    picked = attention_backend(replace(CHIPS[chip], **changes), activations, head_dim)
+    picked = attention_backend(replace(CHIPS[chip], **changes), activations, head_dim, compute=activations)
     assert picked.name == expected
     assert {reason.option for reason in picked.rejected} | {expected} == PARTS["attention"]
 
 
-def test_the_head_dim_reaches_the_attention():
-    assert choose(CHIPS["H200"], "nf4").attention == "cudnn"
+@pytest.mark.parametrize(
+    ("chip", "changes", "arguments", "words"),
+    [
+        ("H200", {}, {}, None),
+        ("H200", {"triton": "3.8.0"}, {}, None),
+        ("H200", {"cudnn_version": None}, {}, None),
+        ("H200", {}, {"wish": "exact"}, "exact attention was asked for"),
+        ("H200", {}, {"compute": "bf16"}, "the products around it run in bf16"),
+        ("H200", {}, {"compute": "bf16 and fp8"}, "run in bf16 and fp8"),
+        ("H200", {}, {"compute": "int8"}, "run in int8"),
+        ("H200", {}, {"activations": "fp16"}, "not fp16"),
+        ("H200", {}, {"head_dim": 32}, "heads of 128, not 32"),
+        ("H200", {}, {"head_dim": 256}, "not 256"),
+        ("H200", {"triton": None, "triton_obstacle": "Triton is not installed"}, {}, "not installed"),
+        ("H200", {"triton": "3.5.1"}, {}, "this is 3.5.1"),
+        ("H200", {"triton": "3.9.0"}, {}, "this is 3.9.0"),
+        ("H200", {"triton": "3.10.0"}, {}, "this is 3.10.0"),
+        ("H200", {"triton": "of unknown version"}, {}, "of unknown version"),
+        ("H200", {"compute_capability": (9, 2)}, {}, "Hopper (9.2)"),
+        ("B200", {}, {}, "Blackwell (10.0)"),
+        ("RTX 4090", {}, {}, "Ada (8.9)"),
+        ("MI300X", {}, {}, "AMD"),
+        ("CPU", {}, {}, "CPU"),
+    ],
+)
+def test_when_probabilities_and_values_are_rounded_to_eight_bits(chip, changes, arguments, words):
+    given = {"activations": "bf16", "head_dim": 128, "compute": "fp8", **arguments}
+    picked = attention_backend(replace(CHIPS[chip], **changes), **given)
+    if words is None:
+        assert picked.name == "fp8_values"
+        assert "404" in picked.reason.text
+    else:
+        assert picked.name in ("cudnn", "flash", "math")
+        (text,) = [reason.text for reason in picked.rejected if reason.option == "fp8_values"]
+        assert words in text
+
+
+def test_attention_follows_head_dim_products_and_wish():
+    assert choose(CHIPS["H200"], "nf4").attention == "fp8_values"
+    assert choose(CHIPS["H200"], "nf4", "bf16").attention == "cudnn"
+    assert choose(CHIPS["H200"], "nf4", "exact").attention == "cudnn"
+    assert choose(CHIPS["H200"], "nf4", attention="exact").attention == "cudnn"
+    assert choose(CHIPS["H200"], "bf16").attention == "cudnn"
+    assert choose(CHIPS["H200"], "nf4", head_dim=32).attention == "cudnn"
     assert choose(CHIPS["H200"], "nf4", head_dim=264).attention == "efficient"
+    with pytest.raises(UnknownOptionError, match="precise"):
+        choose(CHIPS["H200"], "nf4", attention="precise")
 
 
 # the page -------------------------------------------------------------------------------------------------------------

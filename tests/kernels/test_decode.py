@@ -12,7 +12,8 @@ from gossamer.errors import GossamerError
 from gossamer.formats import Packed, pack, storage_names, unpack
 from gossamer.kernels import decode as decode_module
 from gossamer.kernels import decode_ops
-from gossamer.kernels.decode import STORED_ONLY, WITH_TERMS, Geometry, decode, decode_by, measure_row_scale
+from gossamer.kernels.decode import decode, decode_by, measure_row_scale
+from gossamer.kernels.decode_geometry import STORED_ONLY, WITH_TERMS, Geometry
 from gossamer.kernels.decode_reference import (
     decode_in_torch,
     effective_weight,
@@ -146,6 +147,25 @@ def test_a_program_goes_down_several_tiles_and_stops_at_the_last_row(tiles, rank
     decode_by(Geometry(16, 128, 4, stages=2), packed, out[:45], terms, None, tiles)
     torch.testing.assert_close(out[:45], effective_weight(packed, 300, terms), **SUMS)
     assert out[45:].isnan().all()
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("ranks", [(4,), (16, 60)])
+def test_each_band_of_rows_meets_its_own_factors(ranks, tiles):
+    bands, rows, columns = 3, 3 * 21, 300
+    packed, out, whole = pack(weight_of(rows, columns), "fp8"), poisoned(rows, columns), terms_of(rows, columns, *ranks)
+    rank = whole.up.shape[1]
+    downs, strengths = weight_of(bands * rank, columns, seed=3), torch.linspace(0.5, 2.0, bands * rank, device=DEVICE)
+    terms = StackedTerms(whole.up, downs, strengths, whole.ranks)
+    decode_by(Geometry(16, 128, 4), packed, out, terms, None, tiles)
+    expected = unpack(packed, torch.float32)
+    for band in range(bands):
+        own, factors = slice(band * 21, (band + 1) * 21), slice(band * rank, (band + 1) * rank)
+        expected[own] += whole.up[own] @ (strengths[factors, None] * downs[factors])
+    torch.testing.assert_close(out, expected, **SUMS)
+    scale = torch.empty(rows, device=DEVICE)
+    measure_row_scale(packed, scale, torch.int8, columns, terms)
+    torch.testing.assert_close(scale, row_scales(expected, torch.int8), **SUMS)
 
 
 def test_a_layer_is_cut_into_about_as_many_programs_as_asked_for(monkeypatch):

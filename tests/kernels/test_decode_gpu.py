@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gossamer.formats import Packed, pack, unpack
-from gossamer.kernels.decode import Geometry, chosen_geometry, decode, decode_by, measure_row_scale
+from gossamer.kernels.decode import decode, decode_by, measure_row_scale
+from gossamer.kernels.decode_geometry import WITH_TERMS, Geometry, gluon_terms
 from gossamer.kernels.decode_reference import effective_weight, round_to, row_scales
 from gossamer.kernels.decode_support import READABLE, has_fp8
 from gossamer.kernels.low_rank import StackedTerms, stack_terms
@@ -67,11 +68,11 @@ def test_low_rank_terms_in_every_type_of_factor(storage, dtype):
 
 
 def geometries(storage: str) -> list[Geometry]:
-    """What is chosen for an output of one byte and of two, and the transposed product."""
-    short, long = (chosen_geometry(storage, dtype, 16) for dtype in (torch.float8_e4m3fn, torch.bfloat16))
+    """Triton's own, Gluon's for an output of one byte and of two, and the transposed product."""
+    short, long = (gluon_terms(storage, dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16))
     # lanes that look levels up lie side by side, so that a thread's further columns are 64 apart
     turned = [replace(g, cols=512, kept=64 if g.run == 8 else 0, down=4) for g in (short, long)]
-    return [short, long, replace(turned[0], rows=8), turned[1]]
+    return [WITH_TERMS, short, long, replace(turned[0], rows=8), turned[1]]
 
 
 @pytest.mark.parametrize("ranks", [(4,), (20,), (64,), (64, 64)])
@@ -85,6 +86,20 @@ def test_terms_in_every_geometry(storage, width, ranks):
         decode_by(geometry, packed.to("cuda"), out[:45], terms, None, 2)
         torch.testing.assert_close(out[:45].cpu(), expected, rtol=1e-5, atol=1e-6)
         assert out[45:].isnan().all()
+
+
+@pytest.mark.parametrize("bands", [2, 3, 5])
+@pytest.mark.parametrize("storage", ["int8", "nf4", "Q4_K", "Q8_0", "Q6_K"])
+def test_bands_of_rows_have_factors_of_their_own_in_every_geometry(storage, bands):
+    packed, whole = packed_on_cpu(storage, bands * 23, 768), terms_on_gpu(bands * 23, 768, 16)
+    downs = torch.randn(bands * 16, 768, generator=torch.Generator().manual_seed(3)).to("cuda", torch.bfloat16)
+    strengths = torch.linspace(0.25, 1.5, bands * 16, device="cuda")
+    terms = StackedTerms(whole.up, downs, strengths, whole.ranks)
+    expected = effective_weight(packed, 768, on_cpu(terms))
+    for geometry in geometries(storage):
+        out = poisoned(bands * 23, 768, torch.float32)
+        decode_by(geometry, packed.to("cuda"), out, terms, None, 2)
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "nf4", "Q4_K"])

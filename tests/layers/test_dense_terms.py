@@ -63,7 +63,7 @@ def decomposed(weight):
     magnitude = layer.lora_magnitude_vector["default"].weight
     magnitude.data = magnitude.data * (1 + 0.3 * torch.rand(OUT))
     down, up = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-    return model, Decomposed("a", down, up, magnitude.data[:, None], 2 / RANK)
+    return model, Decomposed("a", LowRank("a", down, up, 2 / RANK), magnitude.data[:, None])
 
 
 def base_weight():
@@ -146,7 +146,7 @@ def test_a_magnitude_of_columns():
     down, up, magnitude = torch.randn(2, WIDTH), torch.randn(OUT, 2), torch.rand(1, WIDTH)
     whole = weight + up @ down
     expected = magnitude * whole / whole.norm(dim=0, keepdim=True) - weight
-    torch.testing.assert_close(Decomposed("a", down, up, magnitude).delta(weight), expected)
+    torch.testing.assert_close(Decomposed("a", LowRank("a", down, up), magnitude).delta(weight), expected)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,44 @@ def test_a_magnitude_of_columns():
         lambda: Kronecker("a", torch.zeros(2), torch.zeros(3, 4)),
         lambda: Hadamard("a", torch.zeros(4, 2), torch.zeros(2, 6), torch.zeros(4, 2), torch.zeros(2, 5)),
         lambda: Difference("a", torch.zeros(3)),
-        lambda: Decomposed("a", torch.zeros(2, 6), torch.zeros(4, 2), torch.zeros(6, 1)),
+        lambda: Decomposed("a", Difference("a", torch.zeros(4, 6)), torch.zeros(6, 1)),
+        lambda: Decomposed("a", Difference("a", torch.zeros(4, 6), bias=torch.zeros(4)), torch.zeros(4, 1)),
+        lambda: Decomposed("a", Difference("a", torch.zeros(4, 6)), torch.zeros(1, 6), norm=torch.zeros(4, 1)),
         lambda: Difference("a", torch.zeros(3, 4), bias=torch.zeros(4)),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(make):
     with pytest.raises(AdapterError, match="do not fit together"):
         make()
+
+
+@pytest.mark.parametrize("kept", [((0, 12),), ((3, 9),), ((5, 6),), ((6, 12), (0, 6)), ((4, 7), (11, 12), (0, 1))])
+def test_rows_of_a_kronecker_product(kept):
+    torch.manual_seed(3)
+    left, right = torch.randn(3, 2), torch.randn(4, 5)
+    whole = torch.kron(left, right)
+    rows = torch.cat([whole[start:stop] for start, stop in kept])
+    term = Kronecker("a", left, right, kept=kept)
+    assert term.shape == rows.shape
+    torch.testing.assert_close(term.delta(torch.zeros(rows.shape)), rows)
+    wide = term.widened(12)
+    torch.testing.assert_close(wide.delta(torch.zeros(rows.shape[0], 12))[:, :10], rows)
+
+
+def test_columns_that_run_through_two_layers():
+    """Each half of the rows, under the norms of the whole, is what the whole would give it."""
+    weight = base_weight()
+    torch.manual_seed(4)
+    change, magnitude = torch.randn(OUT, WIDTH) * 0.1, 1 + torch.rand(1, WIDTH)
+    whole = Decomposed("a", Difference("a", change, 0.5), magnitude)
+    norm = (weight + 0.5 * change).norm(dim=0, keepdim=True)
+    for rows in (slice(0, 20), slice(20, OUT)):
+        part = Decomposed("a", Difference("a", change[rows], 0.5), magnitude, norm=norm)
+        torch.testing.assert_close(part.delta(weight[rows]), whole.delta(weight)[rows])
+
+
+def test_all_tensors_of_a_dora_move_and_count():
+    term = Decomposed("a", LowRank("a", torch.zeros(2, 6), torch.zeros(4, 2)), torch.ones(4, 1), bias=torch.zeros(4))
+    assert term.nbytes == 4 * (12 + 8 + 4 + 4)
+    term.move("meta")
+    assert {tensor.device.type for tensor in term.tensors()} == {"meta"}

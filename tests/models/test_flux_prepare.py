@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from gossamer.adapters import Adapter, LowRankTerm, attach, detach
-from gossamer.errors import InvalidOptionError
+from gossamer.errors import InvalidOptionError, UnknownOptionError
 from gossamer.kernels.detect import detect
 from gossamer.models.flux import from_diffusers, prepare
-from gossamer.models.flux_spec import FluxSpec, linear_shapes
+from gossamer.models.flux_spec import FluxSpec, is_modulation, linear_shapes
 from gossamer.models.swap import linear_layers, quantize
 
 WIDE = {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 64, "in_channels": 64}
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="a choice for Hopper brings kernels with it")
 
 
 @pytest.fixture
@@ -80,9 +85,13 @@ def test_eight_bit_products_reach_the_blocks_alone(packed, make_inputs):
 def test_equal_choices_are_one_execution(packed):
     model = packed("nf4")
     prepare(model, "fp8")
-    layers = linear_layers(model).values()
-    assert 1 < len({id(layer.execution) for layer in layers}) < 6
-    assert len({id(layer.execution.workspace) for layer in layers}) == 1
+    layers = linear_layers(model)
+    assert 1 < len({id(layer.execution) for layer in layers.values()}) < 6
+    spaces = {name: layer.execution.workspace for name, layer in layers.items()}
+    assert len({id(space) for space in spaces.values()}) == 2
+    assert len({id(space.buffers) for space in spaces.values()}) == 1
+    modulation = spaces["transformer_blocks.0.norm1.linear"]
+    assert {name for name, space in spaces.items() if space is modulation} == {*filter(is_modulation, layers)}
 
 
 def test_a_wish_that_the_chip_cannot_meet_changes_nothing(packed):
@@ -93,9 +102,77 @@ def test_a_wish_that_the_chip_cannot_meet_changes_nothing(packed):
 
 
 def _turing():
-    from dataclasses import replace
-
     return replace(detect("cpu"), kind="cuda", name="Turing", compute_capability=(7, 5), cuda_version=(12, 8))
+
+
+# attention ------------------------------------------------------------------------------------------------------------
+
+
+def _hopper():
+    return replace(
+        detect("cpu"), kind="cuda", name="H200", compute_capability=(9, 0), cuda_version=(13, 0), cudnn_version=91900,
+        triton="3.6.0", triton_obstacle=None, flash=True,
+    )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("wish", "attention", "expected"),
+    [
+        ("fp8", "auto", "fp8_values"),
+        ("auto", "auto", "fp8_values"),
+        ("fp8", "exact", "cudnn"),
+        ("bf16", "auto", "cudnn"),
+        ("exact", "auto", "cudnn"),
+        ("int8", "auto", "cudnn"),
+    ],
+)
+def test_attention_follows_the_products_of_the_blocks_and_its_wish(packed, wish, attention, expected):
+    model = packed("nf4").to(torch.bfloat16)
+    prepared = prepare(model, wish, capability=_hopper(), attention=attention)
+    assert prepared.attention == model.operators.attend.keywords["backend"] == expected
+
+
+@needs_triton
+def test_one_block_in_bf16_keeps_attention_exact(make_diffusers):
+    """There is one backend for all blocks, and who kept one in 16 bits did not ask for eight there."""
+    model = from_diffusers(make_diffusers(**WIDE)).to(torch.bfloat16)
+    quantize(model, {"single_transformer_blocks.1.*": "bf16", "*": "nf4"})
+    assert prepare(model, "auto", capability=_hopper()).attention == "cudnn"
+
+
+def test_a_wish_for_attention_that_there_is_not(packed):
+    model = packed("nf4")
+    with pytest.raises(UnknownOptionError, match="precise"):
+        prepare(model, "fp32", attention="precise")
+    assert all(layer.execution is None for layer in linear_layers(model).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@torch.no_grad()
+def test_attention_in_eight_bits_adds_what_one_more_product_in_eight_bits_would(packed, make_inputs):
+    """Both round two operands to e4m3. A block has one attention beside two products at least, so errors that do not
+    know of each other grow by sqrt(3 / 2) at most. The two results themselves differ by more: what follows is rounded
+    anew, and two roundings of the same size that do not know of each other are sqrt(2) of one apart.
+    """
+    model = packed("bf16").to(torch.bfloat16).to("cuda")
+    inputs = {name: value.to("cuda") for name, value in make_inputs(model.config, 2, torch.bfloat16, side=16).items()}
+
+    def result(wish, attention, expected):
+        prepared = prepare(model, wish, attention=attention)
+        assert prepared.attention == expected
+        return model(**inputs).sample.double()
+
+    def between(one, other):
+        return ((one - other).norm() / other.norm()).item()
+
+    plain = result("bf16", "auto", "cudnn")
+    products, both = result("fp8", "exact", "cudnn"), result("fp8", "auto", "fp8_values")
+    assert 0 < between(both, products) < 2 * between(products, plain)
+    assert between(both, plain) < 1.3 * between(products, plain)
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
-"""Attention without a mask, through exactly one backend of torch: what was chosen runs, or torch raises.
+"""Attention without a mask, through exactly one backend: what was chosen runs, or it raises.
 
     y = softmax(q @ k.T / sqrt(head_dim)) @ v        q, k, v, y (batch, heads, tokens, head_dim)
+
+`fp8_values` is our own kernel for Hopper: the logits are exact, the probabilities and values that it multiplies are
+rounded to e4m3. All others are torch's and exact.
 
 For training only: on torch 2.11 and an H200, the backward pass of cuDNN at head_dim 32, 320 tokens and bf16 fails with
 an execution error. No failure of the forward pass is known; `backends` says when cuDNN is chosen.
@@ -14,21 +17,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gossamer.errors import UnknownOptionError
 
-BACKENDS = {
+FP8_VALUES = "fp8_values"
+OF_TORCH = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+BACKENDS = (FP8_VALUES, *OF_TORCH)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> torch.Tensor:
     """Attention of every token to every token; (batch, heads, tokens, head_dim) each."""
-    if backend not in BACKENDS:
+    if backend == FP8_VALUES:
+        from gossamer.kernels.attention_fp8 import attend_fp8_values  # needs Triton
+
+        return attend_fp8_values(q, k, v)
+    if backend not in OF_TORCH:
         raise UnknownOptionError(
             f"There is no attention backend called {backend!r}.",
             f"The backends are: {', '.join(BACKENDS)}.",
             "Take the one that the choice for this device names.",
         )
-    with sdpa_kernel(BACKENDS[backend]):
+    with sdpa_kernel(OF_TORCH[backend]):
         return F.scaled_dot_product_attention(q, k, v)

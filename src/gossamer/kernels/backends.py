@@ -16,9 +16,16 @@ from __future__ import annotations
 from gossamer.kernels.capability import Capability
 from gossamer.kernels.decode_support import why_not_decodable
 from gossamer.kernels.options import Option, Picked, pick
+from gossamer.kernels.wishes import require_attention_wish
 
 OLDEST_TRITON = (7, 5)  # the oldest chip that the kernels are compiled for
+FIRST_GLUON, OTHER_GLUON = (3, 6), (3, 9)  # Triton 3.9 has taken away calls of its Gluon that the kernel needs
 CUDNN_WITHOUT_LENGTH_DEFECT = 91501
+FP8_VALUES_HEAD = 128
+FP8_VALUES_MERIT = (
+    "353 us, and 15 for encoding the values, against 404 of cuDNN, measured on one H200 at 24 heads of 128, "
+    "4608 tokens; exact logits, probabilities and values in eight bits"
+)
 
 
 # decoding -------------------------------------------------------------------------------------------------------------
@@ -102,15 +109,47 @@ def _no_row_scales(capability: Capability) -> str | None:
 # attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention_backend(capability: Capability, activations: str, head_dim: int) -> Picked:
-    """Which backend of `attention` serves, for q, k, v of the type `activations` ("bf16", "fp16", "fp32")."""
+def attention_backend(
+    capability: Capability, activations: str, head_dim: int, *, compute: str, wish: str = "auto"
+) -> Picked:
+    """Which backend of `attention` serves, for q, k, v of the type `activations` ("bf16", "fp16", "fp32").
+
+    `compute` is the type of the products around it. "auto" rounds probabilities and values to eight bits where these
+    products round their operands to eight bits too, and that was measured to be faster; "exact" never does.
+    """
+    no_fp8 = _no_fp8_values(capability, activations, head_dim, compute, require_attention_wish(wish))
     options = (
+        Option("fp8_values", FP8_VALUES_MERIT, no_fp8),
         Option("cudnn", _cudnn_merit(capability), _no_cudnn(capability, activations, head_dim)),
         Option("flash", "never writes the scores to memory", _no_flash(capability, activations, head_dim)),
         Option("efficient", "never writes the scores to memory", _no_efficient(capability, activations, head_dim)),
         Option("math", "plain torch operations, on every device"),
     )
     return pick("attention", options)
+
+
+def _no_fp8_values(capability: Capability, activations: str, head_dim: int, compute: str, wish: str) -> str | None:
+    if capability.kind != "cuda" or capability.compute_capability != (9, 0):
+        return f"it is written for the tensor cores of Hopper (9.0), and this is {capability.chip}"
+    if wish == "exact":
+        return "it rounds probabilities and values to eight bits, and exact attention was asked for"
+    if compute != "fp8":
+        return f"it rounds probabilities and values to eight bits, and the products around it run in {compute}"
+    if activations != "bf16":
+        return f"it takes bf16, not {activations}"
+    if head_dim != FP8_VALUES_HEAD:
+        return f"it takes heads of {FP8_VALUES_HEAD}, not {head_dim}"
+    return _no_triton(capability) or _no_gluon(capability)
+
+
+def _no_gluon(capability: Capability) -> str | None:
+    """Why the kernel's language is missing, where Triton is there."""
+    numbers = (capability.triton or "").split(".")[:2]
+    found = tuple(int(number) if number.isdigit() else 0 for number in numbers)
+    if FIRST_GLUON <= found < OTHER_GLUON:
+        return None
+    first, other = (".".join(map(str, version)) for version in (FIRST_GLUON, OTHER_GLUON))
+    return f"it is written in the Gluon of Triton from {first} on and before {other}, and this is {capability.triton}"
 
 
 def _cudnn_merit(capability: Capability) -> str:

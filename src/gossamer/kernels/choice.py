@@ -54,8 +54,12 @@ def choose(
     wish: str = "auto",
     shape: tuple[int, int] | None = None,
     head_dim: int = FLUX_HEAD_DIM,
+    attention: str = "auto",
 ) -> Choice:
-    """The choice for weights of a storage format; with a `shape` (out, in), for a layer of that shape alone."""
+    """The choice for weights of a storage format; with a `shape` (out, in), for a layer of that shape alone.
+
+    `attention` is the wish for the attention of a model whose products all run like this one: "auto" or "exact".
+    """
     storage = find_format(storage).name
     picked = _pick_compute(capability, storage, require_wish(wish), shape)
     compute = next(known for known in COMPUTES if known == picked.name)
@@ -65,7 +69,7 @@ def choose(
         "decode": decode_backend(capability, storage, compute, in_features),
         "merge": merge_backend(capability, storage, in_features),
         "product": product_backend(capability, compute),
-        "attention": attention_backend(capability, activations, head_dim),
+        "attention": attention_backend(capability, activations, head_dim, compute=compute, wish=attention),
     }
     everything = (picked, *parts.values())
     return Choice(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,6 +13,15 @@ import triton
 
 from gossamer.errors import InvalidOptionError, UnsupportedShapeError
 from gossamer.formats import Packed
+from gossamer.kernels.bound_launch import BoundLaunch
+from gossamer.kernels.decode_geometry import (
+    ROW_SCALE,
+    ROW_SCALE_WITH_TERMS,
+    STORED_ONLY,
+    WITH_TERMS,
+    Geometry,
+    chosen_geometry,
+)
 from gossamer.kernels.decode_kernel import decode_kernel, row_scale_kernel
 from gossamer.kernels.decode_reference import FLOAT_TYPES, LARGEST_CODE
 from gossamer.kernels.decode_support import READABLE, has_fp8, require_decodable, stored_parts
@@ -28,38 +36,8 @@ BF16_CAPABILITY = (8, 0)
 OUTPUTS = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Tile of a program, its warps, the tiles whose loads overlap, and the most registers of a thread.
-
-    `programs` is about how many of them a multiprocessor gets: their tiles follow from it. None stands for one tile.
-    With a `run` the kernel is `decode_gluon`'s: neighbours of a thread in a row, further bits of a column that are a
-    thread's own, and lanes that have rows of their own: 8 for terms, or 4 with transposed factors.
-    """
-
-    rows: int
-    cols: int
-    warps: int
-    stages: int = 1
-    registers: int | None = None
-    programs: int | None = None
-    run: int = 0
-    kept: int = 0
-    down: int = 1
-
-
-# 32 values a thread: four 16-byte stores of bf16 in flight, and runs of 512 values that are written side by side.
-STORED_ONLY = Geometry(8, 512, 4)
-# Before Ampere, and for float32 factors. 64 rows are what Hopper's tensor cores multiply at a time; 64 values and at
-# most 128 registers a thread leave four programs on a multiprocessor: one computes while others wait for their codes.
-WITH_TERMS = Geometry(64, 128, 4, registers=128, programs=8)
-ROW_SCALE = Geometry(4, 512, 4)
-# A program has whole rows: two of eight warps on a multiprocessor hold all rows of the widest layer at once.
-ROW_SCALE_WITH_TERMS = Geometry(64, 128, 8, registers=128)
-
-
 class _Layout(NamedTuple):
-    """What the static choices of a call depend on; `factors` is the type of the low-rank factors."""
+    """What the static choices of a call depend on; `factors` is the type of the low-rank factors, `bands` theirs."""
 
     storage: str
     shape: tuple[int, int]
@@ -67,6 +45,12 @@ class _Layout(NamedTuple):
     device: torch.device
     factors: torch.dtype | None = None
     rank: int = 0
+    bands: int = 1
+
+    @property
+    def band_rows(self) -> int:
+        """Rows that share the ranks of `down`."""
+        return self.shape[0] // self.bands
 
 
 def decode(
@@ -81,8 +65,17 @@ def decode(
     `row_scale` is read, not written: `measure_row_scale` fills it, once for as long as weight and terms stay the same.
     A larger scale, such as a sum of bounds, is as good for fp8, whose step follows the value; codes beyond saturate.
     """
-    # the kernel of `decode_gluon`, which `chosen_geometry` stands for, has not run on a chip yet: by name only
-    decode_by(STORED_ONLY if terms is None else WITH_TERMS, packed, out, terms, row_scale)
+    bound_decode(packed, out, terms, row_scale)()
+
+
+def bound_decode(
+    packed: Packed,
+    out: torch.Tensor,
+    terms: StackedTerms | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> BoundLaunch:
+    """`decode` made ready, to be run as often as its tensors change their contents."""
+    return _bound(_geometry(packed, out, terms), packed, out, terms, row_scale)
 
 
 def decode_by(
@@ -94,36 +87,37 @@ def decode_by(
     tiles_each: int | None = None,
 ) -> None:
     """`decode` with a geometry, and a number of tiles a program, of one's own: what a search for better ones calls."""
+    _bound(geometry, packed, out, terms, row_scale, tiles_each)()
+
+
+def _bound(
+    geometry: Geometry,
+    packed: Packed,
+    out: torch.Tensor,
+    terms: StackedTerms | None,
+    row_scale: torch.Tensor | None,
+    tiles_each: int | None = None,
+) -> BoundLaunch:
     _require_output(packed, out, row_scale)
-    rows, width = out.shape
+    width = out.shape[1]
     layout = _layout(packed, width, terms)
     static = _static(layout, geometry, OUTPUTS.get(out.dtype, "float"))
     stored = _stored(packed, out, terms)
     tiles_each = tiles_each or _tiles_each(layout, geometry)
-    across, programs = -(-width // geometry.cols), -(-rows // (tiles_each * geometry.rows))
+    across = -(-width // geometry.cols)
+    programs = layout.bands * -(-layout.band_rows // (tiles_each * geometry.rows))
     grid = (across, programs) if geometry.run else (across * programs,)
     kernel = gluon_decode_kernel if geometry.run else decode_kernel
-    with torch.cuda.device_of(out):
-        kernel[grid](out, row_scale, *stored, *_sizes(layout), out.stride(0), tiles_each, **static)
+    arguments = (out, row_scale, *stored, *_sizes(layout), out.stride(0), tiles_each)
+    return BoundLaunch(kernel, grid, arguments, static, out.device)
 
 
-def chosen_geometry(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
-    """The geometry from Ampere on, for low-rank factors of 16 bits; 0 ranks stand for none.
-
-    A thread writes up to 16 bytes at a time, and reads no code twice: fields of a super-block share their bytes.
-    Factors stay in registers, 64 ranks of `down` in half of those that a thread may have.
-    """
-    family, short = READABLE[storage].family, dtype.itemsize == 1
-    run = 16 if short and family in ("four_bit", "legacy") else 8
-    if rank:
-        kept = {8: 64 if family == "k16" else 32, 16: 0}[run]
-        registers, programs = (128, 4) if rank_step(rank) == 64 else (None, 6)
-        return Geometry(16, 256, 4, registers=registers, programs=programs, run=run, kept=kept, down=8)
-    if family == "k16":
-        return Geometry(16, 512, 4, run=8, kept=96, down=2)
-    if family == "k32":
-        return Geometry(16, 512, 4, run=8, kept=0 if storage == "IQ4_XS" else 32)
-    return Geometry(16, 512, 4, run=run) if family in ("four_bit", "legacy") else STORED_ONLY
+def _geometry(packed: Packed, out: torch.Tensor, terms: StackedTerms | None) -> Geometry:
+    """The chosen geometry, or what serves every chip: before Ampere, for float32 factors, in the interpreter."""
+    short = terms is None or terms.up.dtype != torch.float32
+    if short and HAS_GLUON and out.is_cuda and _has_bf16(out.device):
+        return chosen_geometry(packed.format, out.dtype, 0 if terms is None else terms.up.shape[1])
+    return STORED_ONLY if terms is None else WITH_TERMS
 
 
 def measure_row_scale(
@@ -152,7 +146,7 @@ def measure_row_scale_by(
     static = _static(layout, geometry)
     stored = _stored(packed, row_scale, terms)
     with torch.cuda.device_of(row_scale):
-        row_scale_kernel[(-(-packed.shape[0] // geometry.rows),)](
+        row_scale_kernel[(layout.bands * -(-layout.band_rows // geometry.rows),)](
             row_scale, *stored, *_sizes(layout), LARGEST=LARGEST_CODE[dtype], **static
         )
 
@@ -162,7 +156,7 @@ def _layout(packed: Packed, width: int, terms: StackedTerms | None) -> _Layout:
     _require_width(packed, width, terms)
     if terms is None:
         return _Layout(packed.format, packed.shape, width, packed.device)
-    return _Layout(packed.format, packed.shape, width, packed.device, terms.up.dtype, terms.up.shape[1])
+    return _Layout(packed.format, packed.shape, width, packed.device, terms.up.dtype, terms.up.shape[1], terms.bands)
 
 
 @cache
@@ -193,11 +187,12 @@ def _static(layout: _Layout, geometry: Geometry, output: str = "") -> dict[str, 
 
 
 @cache
-def _sizes(layout: _Layout) -> tuple[int, int, int, int, int]:
-    """`rows`, `width`, `stored_width`, `row_bytes` and `rank`, as both kernels take them."""
+def _sizes(layout: _Layout) -> tuple[int, int, int, int, int, int]:
+    """`rows`, `width`, `stored_width`, `row_bytes`, `rank` and `band_rows`, as all kernels take them."""
     known = READABLE[layout.storage]
     rows, stored_width = layout.shape
-    return rows, layout.width, stored_width, stored_width // known.width_multiple * known.block_bytes, layout.rank
+    row_bytes = stored_width // known.width_multiple * known.block_bytes
+    return rows, layout.width, stored_width, row_bytes, layout.rank, layout.band_rows
 
 
 @cache
@@ -205,9 +200,9 @@ def _tiles_each(layout: _Layout, geometry: Geometry) -> int:
     """Tiles of a program, one below the other: as many as leave every multiprocessor its share of programs."""
     if geometry.programs is None:
         return 1
-    down, across = -(-layout.shape[0] // geometry.rows), -(-layout.width // geometry.cols)
+    down, across = -(-layout.band_rows // geometry.rows), -(-layout.width // geometry.cols)
     programs = geometry.programs * _multiprocessors(layout.device)
-    return -(-down // max(1, programs // across))
+    return -(-down // max(1, programs // (across * layout.bands)))
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -227,7 +222,7 @@ def _stored(packed: Packed, target: torch.Tensor, terms: StackedTerms | None) ->
 def _precision(layout: _Layout) -> str:
     """How float32 factors are multiplied; Turing has no TF32, and no bfloat16 at all."""
     device = layout.device
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < BF16_CAPABILITY
+    old = device.type == "cuda" and not _has_bf16(device)
     if old and layout.factors == torch.bfloat16:
         raise InvalidOptionError(
             "bfloat16 low-rank factors cannot be multiplied on this GPU.",
@@ -268,6 +263,12 @@ def _require_one_device(packed: Packed, target: torch.Tensor, terms: StackedTerm
             "A kernel runs on one device and reads and writes its memory only.",
             "Move the stored weight, the low-rank terms and the output to the same device first.",
         )
+
+
+@cache
+def _has_bf16(device: torch.device) -> bool:
+    """Whether it is Ampere or later: the products of `decode_gluon` and bfloat16."""
+    return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
 
 
 @cache

@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.runtime.jit import constexpr_function
 
-from gossamer.kernels.decode_kernel import base_tile, rounded
+from gossamer.kernels.decode_kernel import band_place, base_tile, rounded
 from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
 
 
@@ -165,7 +165,10 @@ def _right(
     TURNED: gl.constexpr,
     EVEN: gl.constexpr,
 ) -> gl.tensor:
-    """RANKS ranks of `rank_scale * down` from `start` on, for tensor cores; it passes through shared memory."""
+    """RANKS ranks of `rank_scale * down` from `start` on, those of all bands one after the other, for tensor cores.
+
+    They pass through shared memory.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     index, again, col = start + steps(RANKS), start + steps(RANKS), first + steps(COLS)
     pointer = gl.set_auto_layout(down + index[:, None] * width + col[None, :], LAYOUT)
@@ -202,7 +205,7 @@ def _lane_levels(levels: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
     return gl.load(levels + (lane & 15))
 
 
-@gluon.jit(do_not_specialize_on_alignment=["tiles_each"])
+@gluon.jit(do_not_specialize_on_alignment=["band_rows", "tiles_each"])
 def gluon_decode_kernel(
     out: gl.tensor,
     row_scale: gl.tensor,
@@ -220,6 +223,7 @@ def gluon_decode_kernel(
     stored_width: gl.tensor,
     row_bytes: gl.tensor,
     rank: gl.tensor,
+    band_rows: gl.tensor,
     out_stride: gl.tensor,
     tiles_each: gl.tensor,
     FAMILY: gl.constexpr,
@@ -240,22 +244,22 @@ def gluon_decode_kernel(
     gl.static_assert((levels is None) | (KEPT % (RUN * 32 // DOWN) == 0), "lanes with levels lie side by side")
     WEIGHTS: gl.constexpr = _weights(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
     first = gl.program_id(0) * COLS
-    begin = gl.program_id(1) * tiles_each * ROWS
+    band, begin, stop = band_place(gl.program_id(1), rows, band_rows, tiles_each * ROWS)
     table = levels if levels is None else _lane_levels(levels, DOWN)
     if up is not None:
         TURNED: gl.constexpr = DOWN == 4
         MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1] if TURNED else [1, WARPS], [16, 8])
         ORDER: gl.constexpr = _matrix_order(COLS, RUN, KEPT, DOWN, WARPS)
-        right = _right(down, rank_scale, 0, first, width, COLS, RANKS, ORDER, MMA, TURNED, EVEN)
+        right = _right(down, rank_scale, band * rank, first, width, COLS, RANKS, ORDER, MMA, TURNED, EVEN)
     for index in range(tiles_each):
         top = begin + index * ROWS
         if up is not None:
-            left = _left(up, top, rows, 0, rank, ROWS, RANKS, MMA, TURNED)
+            left = _left(up, top, stop, 0, rank, ROWS, RANKS, MMA, TURNED)
         if OUTPUT != "float":
-            unit = gl.load(row_scale + top + tile_rows(top, rows, ROWS))
+            unit = gl.load(row_scale + top + tile_rows(top, stop, ROWS))
         tile = base_tile(
             codes, scale, nested_scale, nested_offset, table, nested_levels,
-            top, rows, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, RUN,
+            top, stop, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, RUN,
         )  # fmt: skip
         tile = gl.set_auto_layout(tile, WEIGHTS)
         if up is not None:
@@ -263,13 +267,14 @@ def gluon_decode_kernel(
             tile = _product(left, right, tile, TURNED)
             if LATER_RANKS:
                 for start in range(RANKS, rank, RANKS):
-                    more = _left(up, top, rows, start, rank, ROWS, RANKS, MMA, TURNED)
-                    later = _right(down, rank_scale, start, first, width, COLS, RANKS, ORDER, MMA, TURNED, EVEN)
+                    more = _left(up, top, stop, start, rank, ROWS, RANKS, MMA, TURNED)
+                    begun = band * rank + start
+                    later = _right(down, rank_scale, begun, first, width, COLS, RANKS, ORDER, MMA, TURNED, EVEN)
                     tile = _product(more, later, tile, TURNED)
             tile = gl.convert_layout(_reordered(_turned(tile, TURNED), ORDER, True), WEIGHTS)
         if OUTPUT != "float":
             tile *= gl.div_rn(1.0, unit)[:, None]
         value = rounded(tile, out.dtype.element_ty, OUTPUT)
-        pointer = row_starts(out, top, rows, out_stride, ROWS)[:, None] + (first + steps(COLS))[None, :]
-        mask = (top + steps(ROWS) < rows)[:, None] & whole(first + steps(COLS), width, EVEN)[None, :]
+        pointer = row_starts(out, top, stop, out_stride, ROWS)[:, None] + (first + steps(COLS))[None, :]
+        mask = (top + steps(ROWS) < stop)[:, None] & whole(first + steps(COLS), width, EVEN)[None, :]
         gl.store(gl.set_auto_layout(pointer, WEIGHTS), value, mask=mask)

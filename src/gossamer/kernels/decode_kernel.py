@@ -7,7 +7,9 @@ W_eff = stored tile + up @ (rank_scale * down), in float32, as `decode_reference
 tensor cores begin to add to, so that a tile has one set of accumulators and not two.
 
 A program of `decode_kernel` keeps its columns and goes down the rows: `down` is read, scaled and laid out once, and a
-tile costs what its codes and a few rows of `up` cost. Without terms nothing is kept, and a program has one tile.
+tile costs what its codes and a few rows of `up` cost. Without terms nothing is kept, and a program has one tile. Where
+layers that read the same input are decoded as one matrix, each band of `band_rows` rows has a `down` of its own, and no
+program leaves its band.
 
 `decode_gluon` has the first kernel once more, with layouts of its own. The one here serves Turing, float32 factors,
 formats without blocks while there are no terms, and Triton's interpreter, which checks the loaders that both share.
@@ -110,6 +112,14 @@ def base_tile(
 
 
 @triton.jit
+def band_place(program: tl.tensor, rows: tl.tensor, band_rows: tl.tensor, rows_each: tl.tensor) -> tl.tuple:
+    """The band of a program that takes `rows_each` rows, its first row, and the row that it stops before."""
+    programs = tl.cdiv(band_rows, rows_each)
+    band = program // programs
+    return band, band * band_rows + program % programs * rows_each, tl.minimum(rows, (band + 1) * band_rows)
+
+
+@triton.jit
 def _up_tile(up: tl.tensor, row: tl.tensor, start: tl.tensor, rank: tl.tensor, RANKS: tl.constexpr) -> tl.tensor:
     """RANKS ranks of `up` from `start` on: (ROWS, RANKS)."""
     return tl.load(up + row[:, None] * rank + (start + tl.arange(0, RANKS))[None, :])
@@ -125,7 +135,7 @@ def _down_tile(
     RANKS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> tl.tensor:
-    """RANKS ranks of `rank_scale * down` from `start` on, in the type of `down`: (RANKS, COLS)."""
+    """RANKS ranks of `rank_scale * down`, those of all bands one after the other, from `start` on: (RANKS, COLS)."""
     index = start + tl.arange(0, RANKS)
     factor = tl.load(down + index[:, None] * width + col[None, :], mask=(col < width)[None, :] | EVEN, other=0.0)
     return (factor.to(tl.float32) * tl.load(rank_scale + index)[:, None]).to(factor.dtype)
@@ -139,6 +149,7 @@ def _add_later_ranks(
     rank_scale: tl.tensor,
     row: tl.tensor,
     col: tl.tensor,
+    band: tl.tensor,
     width: tl.tensor,
     rank: tl.tensor,
     RANKS: tl.constexpr,
@@ -148,7 +159,7 @@ def _add_later_ranks(
     """`tile` and the terms of all ranks after the first RANKS; `rank` is a multiple of RANKS."""
     for start in range(RANKS, rank, RANKS):
         left = _up_tile(up, row, start, rank, RANKS)
-        right = _down_tile(down, rank_scale, start, col, width, RANKS, EVEN)
+        right = _down_tile(down, rank_scale, band * rank + start, col, width, RANKS, EVEN)
         tile = tl.dot(left, right, tile, input_precision=PRECISION)
     return tile
 
@@ -164,7 +175,7 @@ def rounded(tile: tl.tensor, dtype: tl.constexpr, OUTPUT: tl.constexpr) -> tl.te
         return tile.to(dtype)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles_each"])
+@triton.jit(do_not_specialize_on_alignment=["band_rows", "tiles_each"])
 def decode_kernel(
     out: tl.tensor,
     row_scale: tl.tensor,
@@ -182,6 +193,7 @@ def decode_kernel(
     stored_width: tl.tensor,
     row_bytes: tl.tensor,
     rank: tl.tensor,
+    band_rows: tl.tensor,
     out_stride: tl.tensor,
     tiles_each: tl.tensor,
     FAMILY: tl.constexpr,
@@ -199,13 +211,13 @@ def decode_kernel(
     """Write `tiles_each` tiles of W_eff, each below the last, into `out` (rows, width) as float, fp8 or int8."""
     tiles = tl.cdiv(width, COLS)
     first = tl.program_id(0) % tiles * COLS
-    begin = tl.program_id(0) // tiles * tiles_each * ROWS
+    band, begin, stop = band_place(tl.program_id(0) // tiles, rows, band_rows, tiles_each * ROWS)
     col = first + tl.arange(0, COLS)
     if up is not None:
-        right = _down_tile(down, rank_scale, 0, col, width, RANKS, EVEN)
+        right = _down_tile(down, rank_scale, band * rank, col, width, RANKS, EVEN)
     for index in tl.range(0, tiles_each, num_stages=STAGES):  # no loop at all where there is one tile
         wanted = begin + index * ROWS + tl.arange(0, ROWS)
-        row = tl.minimum(wanted, rows - 1)
+        row = tl.minimum(wanted, stop - 1)
         # loads first, as in the tile loaders
         if up is not None:
             left = _up_tile(up, row, 0, rank, RANKS)
@@ -213,18 +225,18 @@ def decode_kernel(
             unit = tl.load(row_scale + row)
         tile = base_tile(
             codes, scale, nested_scale, nested_offset, levels, nested_levels,
-            begin + index * ROWS, rows, first, stored_width, row_bytes,
+            begin + index * ROWS, stop, first, stored_width, row_bytes,
             FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, 0,
         )  # fmt: skip
         if up is not None:
             tile = tl.dot(left, right, tile, input_precision=PRECISION)
             if LATER_RANKS:
-                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, width, rank, RANKS, PRECISION, EVEN)
+                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, band, width, rank, RANKS, PRECISION, EVEN)
         if OUTPUT != "float":
             tile *= tl.div_rn(1.0, unit)[:, None]
         value = rounded(tile, out.dtype.element_ty, OUTPUT)
         pointer = out + wanted.to(tl.int64)[:, None] * out_stride + col[None, :]
-        tl.store(pointer, value, mask=(wanted < rows)[:, None] & (col < width)[None, :])
+        tl.store(pointer, value, mask=(wanted < stop)[:, None] & (col < width)[None, :])
 
 
 @triton.jit
@@ -244,6 +256,7 @@ def row_scale_kernel(
     stored_width: tl.tensor,
     row_bytes: tl.tensor,
     rank: tl.tensor,
+    band_rows: tl.tensor,
     FAMILY: tl.constexpr,
     FORMAT: tl.constexpr,
     BYTES: tl.constexpr,
@@ -257,8 +270,9 @@ def row_scale_kernel(
     EVEN: tl.constexpr,
 ) -> None:
     """Write largest |W_eff| / LARGEST for ROWS rows, or 1 where that is no normal float32."""
-    wanted = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(wanted, rows - 1)
+    band, begin, stop = band_place(tl.program_id(0), rows, band_rows, ROWS)
+    wanted = begin + tl.arange(0, ROWS)
+    row = tl.minimum(wanted, stop - 1)
     largest = tl.zeros((ROWS, COLS), tl.float32)
     if up is not None:
         left = _up_tile(up, row, 0, rank, RANKS)
@@ -266,14 +280,14 @@ def row_scale_kernel(
         col = first + tl.arange(0, COLS)
         tile = base_tile(
             codes, scale, nested_scale, nested_offset, levels, nested_levels,
-            tl.program_id(0) * ROWS, rows, first, stored_width, row_bytes,
+            begin, stop, first, stored_width, row_bytes,
             FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, 0,
         )  # fmt: skip
         if up is not None:
-            right = _down_tile(down, rank_scale, 0, col, width, RANKS, EVEN)
+            right = _down_tile(down, rank_scale, band * rank, col, width, RANKS, EVEN)
             tile = tl.dot(left, right, tile, input_precision=PRECISION)
             if LATER_RANKS:
-                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, width, rank, RANKS, PRECISION, EVEN)
+                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, band, width, rank, RANKS, PRECISION, EVEN)
         largest = tl.maximum(largest, tl.abs(tile))
     unit = tl.div_rn(tl.max(largest, axis=1), tl.full((ROWS,), LARGEST, tl.float32))
-    tl.store(row_scale + wanted, tl.where(unit >= 1.1754943508222875e-38, unit, 1.0), mask=wanted < rows)
+    tl.store(row_scale + wanted, tl.where(unit >= 1.1754943508222875e-38, unit, 1.0), mask=wanted < stop)

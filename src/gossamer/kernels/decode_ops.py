@@ -9,7 +9,8 @@ times what preparing the launch costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,6 +35,21 @@ def decode_into(
         _decode(*_flat(packed), backend, out, row_scale, *_factors(terms))
     else:
         _decode_now(packed, out, backend, terms, row_scale)
+
+
+def bound_decode(
+    packed: Packed,
+    out: torch.Tensor,
+    backend: Backend,
+    terms: StackedTerms | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> Callable[[], None]:
+    """`decode_into` made ready for many calls that nothing traces or records, on tensors that stay where they are."""
+    if backend == "torch":
+        return partial(decode_reference.decode_in_torch, packed, out, terms, row_scale)
+    from gossamer.kernels import decode  # needs Triton
+
+    return decode.bound_decode(packed, out, terms, row_scale)
 
 
 def measure_row_scale_into(

@@ -7,6 +7,9 @@
 W_delta = up @ (scale * down), where R is the sum of the ranks, padded with zeros to 16, 32 or a multiple of 64: the
 kernels take so many ranks at a time, so three of them serve every set of adapters.
 
+Layers that read the same input are decoded as one matrix of several bands of equally many rows: `down` then is
+(bands * R, in) and `scale` (bands * R,), and each band of `up` meets its own R rows of them.
+
 Precision: `scale * down` is rounded once to the type of the factors (exact where the scale is a power of two); products
 are summed in float32. Factors given in several types become float32, which runs as three TF32 products (error about
 2^-21) from Ampere on and as plain float32 before.
@@ -42,14 +45,25 @@ class StackedTerms:
         """(out, in)."""
         return self.up.shape[0], self.down.shape[1]
 
+    @property
+    def bands(self) -> int:
+        """How many bands of rows have a `down` of their own."""
+        return self.down.shape[0] // self.up.shape[1]
+
 
 def rank_step(rank: int) -> int:
     """How many ranks of a stack are multiplied at a time."""
     return next((step for step in RANK_STEPS if rank <= step), RANK_STEPS[-1])
 
 
-def _common_type(terms: Sequence[Term]) -> torch.dtype:
-    types = {factor.dtype for up, down, _ in terms for factor in (up, down)}
+def padded_rank(rank: int) -> int:
+    """Ranks of a stack with its padding."""
+    return rank + -rank % rank_step(rank)
+
+
+def common_type(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.dtype:
+    """The type of a stack of these pairs (up, down)."""
+    types = {factor.dtype for pair in factors for factor in pair}
     only = types.pop() if len(types) == 1 else torch.float32
     return only if only in FACTOR_TYPES else torch.float32
 
@@ -69,9 +83,9 @@ def _require_stackable(terms: Sequence[Term]) -> None:
 def stack_terms(terms: Sequence[Term], dtype: torch.dtype | None = None) -> StackedTerms:
     """The terms (up, down, scale) of one layer in `dtype`, or in their common type. Do it once a change of adapters."""
     _require_stackable(terms)
-    dtype = dtype or _common_type(terms)
+    dtype = dtype or common_type([(up, down) for up, down, _ in terms])
     ranks = tuple(up.shape[1] for up, _, _ in terms)
-    padding = -sum(ranks) % rank_step(sum(ranks))
+    padding = padded_rank(sum(ranks)) - sum(ranks)
     up = _side_by_side([up.to(dtype) for up, _, _ in terms], padding, dim=1)
     down = _side_by_side([down.to(dtype) for _, down, _ in terms], padding, dim=0)
     scale = torch.zeros(sum(ranks) + padding, dtype=torch.float32, device=up.device)
@@ -106,5 +120,6 @@ def set_scales(stacked: StackedTerms, scales: Sequence[float]) -> None:
 
 def delta(stacked: StackedTerms) -> torch.Tensor:
     """The reference: float32 (out, in) of all terms, from `scale * down` rounded as the kernel rounds it."""
-    scaled = (stacked.down.float() * stacked.scale[:, None]).to(stacked.down.dtype)
-    return stacked.up.float() @ scaled.float()
+    scaled = (stacked.down.float() * stacked.scale[:, None]).to(stacked.down.dtype).float()
+    bands, rank = stacked.bands, stacked.up.shape[1]
+    return (stacked.up.float().view(bands, -1, rank) @ scaled.view(bands, rank, -1)).flatten(0, 1)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made inside may be written to later in any mode; those of inference mode only in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def through_operator(tensor: torch.Tensor) -> bool:

@@ -1,9 +1,9 @@
 """The kinds of adapter that are not low-rank. Each is exact, and costs a merged copy of the weight while attached.
 
-    Kronecker    left (x) right                                          LoKr
+    Kronecker    left (x) right, or some rows of it                      LoKr
     Hadamard     (up @ down) * (other_up @ other_down)                   LoHa
     Difference   a matrix of the weight's own size                       what "extracts" write as .diff
-    Decomposed   magnitude * (base + d) / |base + d| - base              DoRA, d = multiplier * up @ down
+    Decomposed   magnitude * (base + inner) / |base + inner| - base      DoRA, the inner term is of any other kind
 
 |.| is the norm of each row of a weight, or of each column, as the magnitude is (out, 1) or (1, in).
 Formulas: LyCORIS (Yeh et al., 2023), FedPara (Hyeon-Woo et al., 2022), DoRA (Liu et al., 2024).
@@ -12,6 +12,7 @@ Formulas: LyCORIS (Yeh et al., 2023), FedPara (Hyeon-Woo et al., 2022), DoRA (Li
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -21,13 +22,17 @@ from gossamer.layers.term import Term
 
 @dataclass(eq=False)
 class Kronecker(Term):
-    """delta = kron(left, right): (a, b) and (c, d) make (a c, b d)."""
+    """delta = kron(left, right): (a, b) and (c, d) make (a c, b d).
+
+    `kept` are ranges of its rows where the layer is one part of a larger one; none stands for all rows.
+    """
 
     name: str
     left: torch.Tensor
     right: torch.Tensor
     scale: float = 1.0
     bias: torch.Tensor | None = None
+    kept: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         shapes = f"left is {tuple(self.left.shape)} and right is {tuple(self.right.shape)}; both have to be matrices."
@@ -36,7 +41,9 @@ class Kronecker(Term):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
+        whole = self.left.shape[0] * self.right.shape[0]
+        rows = sum(stop - start for start, stop in self.kept) if self.kept else whole
+        return rows, self.left.shape[1] * self.right.shape[1]
 
     def widened(self, in_features: int) -> Term:
         """A Kronecker product with more columns is none; the matrix itself has them."""
@@ -45,8 +52,18 @@ class Kronecker(Term):
         return Difference(self.name, self.delta(self.left), self.scale, self.bias).widened(in_features)
 
     def delta(self, base: torch.Tensor) -> torch.Tensor:
-        """kron(left, right) in float32."""
-        return torch.kron(self.left.float(), self.right.float())
+        """Its rows of kron(left, right), in float32."""
+        if not self.kept:
+            return torch.kron(self.left.float(), self.right.float())
+        pieces = [self._rows(start, stop) for start, stop in self.kept]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        """A range of rows; only the rows of `left` that reach into it are multiplied out."""
+        height = self.right.shape[0]
+        first, last = start // height, -(-stop // height)
+        product = torch.kron(self.left[first:last].float(), self.right.float())
+        return product[start - first * height : stop - first * height]
 
 
 @dataclass(eq=False)
@@ -111,44 +128,61 @@ class Difference(Term):
 
 @dataclass(eq=False)
 class Decomposed(Term):
-    """delta = magnitude * (base + multiplier * up @ down) / |base + multiplier * up @ down| - base.
+    """delta = magnitude * (base + inner) / |base + inner| - base, where the inner term acts at its own scale.
 
-    The multiplier, alpha / rank, acts inside; `scale` interpolates between the base and the whole.
+    `scale` interpolates between the base and the whole. `norm` (1, in), where it is given, stands for |base + inner|:
+    columns that run through other layers too cannot be measured here.
     """
 
     name: str
-    down: torch.Tensor
-    up: torch.Tensor
+    inner: Term
     magnitude: torch.Tensor
-    multiplier: float = 1.0
     scale: float = 1.0
     bias: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        matrices = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]
-        rows = matrices and tuple(self.magnitude.shape) in ((self.up.shape[0], 1), (1, self.down.shape[1]))
-        parts = (self.down, self.up, self.magnitude)
+        fitting = ((self.inner.out_features, 1), (1, self.inner.in_features))
+        sound = tuple(self.magnitude.shape) in fitting and self.inner.bias is None
         self._require(
-            rows,
-            f"down, up and magnitude are {[tuple(part.shape) for part in parts]}; they have to be (rank, in), "
-            "(out, rank), and (out, 1) or (1, in).",
+            sound and (self.norm is None or self.norm.shape == self.magnitude.shape),
+            f"The magnitude is {tuple(self.magnitude.shape)} for a change of {self.inner.shape}; it has to be "
+            "(out, 1) or (1, in), the norm of the same shape, and the inner term without a bias.",
         )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.up.shape[0], self.down.shape[1]
+        return self.inner.shape
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Its own tensors and those of the inner term."""
+        return tuple(chain(super().tensors(), self.inner.tensors()))
+
+    def move(self, device: torch.device | str) -> None:
+        """Put all tensors on a device, their types unchanged."""
+        super().move(device)
+        self.inner.move(device)
 
     def widened(self, in_features: int) -> Decomposed:
-        """Zero columns behind `down`; columns of a weight that are zero stay zero whatever their magnitude."""
+        """Zero columns for the inner term; columns of a weight that are zero stay zero whatever their magnitude."""
         extra = (0, in_features - self.in_features)
-        magnitude = self.magnitude if self.magnitude.shape[1] == 1 else F.pad(self.magnitude, extra)
-        return replace(self, down=F.pad(self.down, extra), magnitude=magnitude)
+        inner, magnitude, norm = self.inner.widened(in_features), self.magnitude, self.norm
+        if magnitude.shape[1] != 1:
+            magnitude = F.pad(magnitude, extra)
+            norm = None if norm is None else F.pad(norm, extra)
+        return replace(self, inner=inner, magnitude=magnitude, norm=norm)
 
     def delta(self, base: torch.Tensor) -> torch.Tensor:
         """In float32; a row or column of zeros stays as it is."""
-        whole = torch.addmm(base, self.up.float(), self.down.float(), alpha=self.multiplier)
+        whole = self.whole(base)
         along = 1 if self.magnitude.shape[1] == 1 else 0
-        norm = whole.norm(dim=along, keepdim=True)
+        norm = whole.norm(dim=along, keepdim=True) if self.norm is None else self.norm
         factor = torch.where(norm > 0, self.magnitude.float() / norm, 1.0)
         return whole.mul_(factor).sub_(base)
+
+    def whole(self, base: torch.Tensor) -> torch.Tensor:
+        """base + inner, in float32: what is scaled to the magnitudes."""
+        whole = base.clone()
+        self.inner.add_to_weight(whole, base)
+        return whole

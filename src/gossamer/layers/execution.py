@@ -12,33 +12,61 @@ from typing import Literal
 import torch
 
 from gossamer.kernels.decode_ops import Backend
+from gossamer.kernels.operators import lasting
 from gossamer.kernels.pointwise.backends import Pointwise
+from gossamer.layers.model_terms import ModelTerms
 
 Writer = Literal["none", "triton", "torch"]
 
 
-class Workspace:
-    """One buffer a device, through which every decoded weight of a model goes on its way into a product.
-
-    All layers share it, so they have to run one after the other, on one stream.
-    """
+class Buffers:
+    """One buffer a device, through which decoded weights go, and those who have to know when it is replaced."""
 
     def __init__(self) -> None:
-        self._buffers: dict[torch.device, torch.Tensor] = {}
+        self.readers: list[ModelTerms] = []
+        self._held: dict[torch.device, torch.Tensor] = {}
 
-    def weight(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A matrix (rows, columns) that is valid until the next call; the buffer grows to the largest one."""
-        needed = rows * columns * dtype.itemsize
-        held = self._buffers.get(device)
+    def at_least(self, needed: int, device: torch.device) -> torch.Tensor:
+        """The buffer, in bytes, the same one until it has to grow; what is in it is valid until the next call."""
+        held = self._held.get(device)
         if held is None or held.numel() < needed:
-            self._buffers.pop(device, None)  # the old one is free before the new one is made
-            held = self._buffers[device] = torch.empty(needed, dtype=torch.uint8, device=device)
-        return held[:needed].view(dtype).view(rows, columns)
+            self._held.pop(device, None)  # the old one is free before the new one is made
+            with lasting():
+                held = self._held[device] = torch.empty(needed, dtype=torch.uint8, device=device)
+            for terms in self.readers:
+                terms.structure += 1  # captured steps read the old one
+        return held
 
     @property
     def nbytes(self) -> int:
         """Bytes held on all devices."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
+        return sum(buffer.numel() for buffer in self._held.values())
+
+
+class Workspace:
+    """What the layers of a model share: what is known of their terms, and the buffers.
+
+    Every decoded weight goes through a buffer on its way into a product, so layers have to run one after the other,
+    on one stream.
+    """
+
+    def __init__(self, buffers: Buffers | None = None) -> None:
+        self.terms = ModelTerms()
+        self.buffers = Buffers() if buffers is None else buffers
+        self.buffers.readers.append(self.terms)
+
+    def beside(self) -> Workspace:
+        """For layers that run at other times: the same buffers, but changes of theirs are nobody else's business."""
+        return Workspace(self.buffers)
+
+    def at_least(self, needed: int, device: torch.device) -> torch.Tensor:
+        """The buffer of a device, see `Buffers`."""
+        return self.buffers.at_least(needed, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self.buffers.nbytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +90,8 @@ class Execution:
 
     def fits(self, other: Execution) -> bool:
         """Whether layers of both can be one product."""
-        return (self.operand, self.product, self.activations) == (other.operand, other.product, other.activations)
+        kind = (self.operand, self.product, self.activations)
+        return kind == (other.operand, other.product, other.activations) and self.workspace is other.workspace
 
     @property
     def rows_have_scales(self) -> bool:

@@ -9,6 +9,7 @@ against 2.8 ms in four).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from gossamer.formats import Packed
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
+from gossamer.layers.execution import Execution
 from gossamer.layers.join import Joined, join
 from gossamer.layers.linear import QuantLinear
 from gossamer.layers.product import GroupProduct, as_rows, execution_of
@@ -29,16 +31,17 @@ class LinearGroup:
         self._places = places
         self._product = GroupProduct()
         self._joined: Joined | None = None
+        self._found: Found | None = None
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
         """The layers as they are now."""
-        return tuple(getattr(module, name) for module, name in self._places)
+        return tuple([module._modules[name] for module, name in self._places])  # type: ignore[misc]
 
     def rows_type(self, plain: torch.dtype) -> torch.dtype:
         """The type in which the input is best given: the operand's, or `plain`."""
-        fused = _fused(self.layers)
-        return plain if fused is None else execution_of(fused[0]).operand
+        found = self._find()
+        return plain if found.execution is None else found.execution.operand
 
     def rows(self, x: torch.Tensor, pointwise: Pointwise) -> Rows:
         """x (batch, tokens, in) as rows of that type."""
@@ -46,20 +49,61 @@ class LinearGroup:
 
     def __call__(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows (..., in) through every layer: (..., sum of outputs), into `out` where it is given, a view or not."""
-        layers = self.layers
-        fused = _fused(layers)
-        if fused is not None and rows.values.dtype == execution_of(fused[0]).operand:
-            return self._product(fused, rows, out, self._lying(fused))
-        return _one_by_one(layers, rows.values, out)
+        found = self._find()
+        if found.execution is not None and rows.values.dtype == found.execution.operand:
+            return self._product(cast(tuple[QuantLinear, ...], found.layers), rows, out, found.joined)
+        return _one_by_one(found.layers, rows.values, out)
 
     def join(self) -> None:
         """Put the stored bytes of the layers side by side, where their format allows it: one call decodes all."""
         fused = _fused(self.layers)
         self._joined = None if fused is None or len(fused) == 1 else join(fused)
+        self._found = None
 
-    def _lying(self, layers: Sequence[QuantLinear]) -> Packed | None:
-        """The joined bytes, as long as the layers still lie in them."""
-        return self._joined.packed if self._joined is not None and self._joined.holds(layers) else None
+    def enroll(self) -> bool:
+        """Have the operand made together with those of all other products of the model; False where there is none."""
+        found = self._find()
+        if found.execution is not None:
+            layers = cast(tuple[QuantLinear, ...], found.layers)
+            self._product.enroll(layers, found.execution.workspace.terms, found.joined)
+        return found.execution is not None
+
+    @property
+    def joined(self) -> Packed | None:
+        """The stored bytes of all layers side by side, where they lie so and run as one."""
+        joined = self._find().joined
+        return None if joined is None else joined.packed
+
+    def forget(self) -> None:
+        """Drop what was made for the next products; it is made again when they come."""
+        self._product.release()
+        self._found = None
+
+    def _find(self) -> Found:
+        """What the layers are now; looked at closely only after something changed."""
+        layers, found = self.layers, self._found
+        if found is None or found.layers != layers or found.changed():
+            fused = _fused(layers)
+            execution = None if fused is None else execution_of(fused[0])
+            lying = fused is not None and self._joined is not None and self._joined.holds(fused)
+            joined = self._joined if lying else None
+            structure = -1 if execution is None else execution.workspace.terms.structure
+            found = self._found = Found(layers, execution, joined, structure)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The layers of a group as they were at a count of changes: what runs them as one, and their joined bytes."""
+
+    layers: tuple[nn.Module, ...]
+    execution: Execution | None
+    joined: Joined | None
+    structure: int
+
+    def changed(self) -> bool:
+        """Whether something may have changed since; always, where the layers have no execution to count changes."""
+        return self.execution is None or self.execution.workspace.terms.structure != self.structure
 
 
 def _fused(layers: Sequence[nn.Module]) -> Sequence[QuantLinear] | None:

@@ -10,7 +10,7 @@ with an `execution` the same runs through kernels and libraries, see `product`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from gossamer.errors import AdapterError
 from gossamer.formats import Packed
 from gossamer.layers.execution import Execution
+from gossamer.layers.low_rank import LowRank
 from gossamer.layers.product import GroupProduct, as_rows
 from gossamer.layers.stored import StoredWeight
 from gossamer.layers.term import Term
@@ -42,9 +43,8 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = self.stored.shape
         self.compute = compute
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.execution: Execution | None = None
-        self.revision = 0  # of anything that a product depends on
-        self.place = 0  # of where the stored bytes are
+        self._execution: Execution | None = None
+        self.revision = 0  # of anything that a product depends on, but for scales that are not 0
         self._adapters: dict[str, Term] = {}
         self._product = GroupProduct()
 
@@ -54,6 +54,29 @@ class QuantLinear(nn.Module):
         return self.stored.packed
 
     @property
+    def device(self) -> torch.device:
+        """Where the product runs; of a streamed weight the device that it is streamed to."""
+        return self.stored.device
+
+    @property
+    def execution(self) -> Execution | None:
+        """What runs the layer; None for the reference."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution | None) -> None:
+        self._changed()
+        self._execution = execution
+        self.stored.watcher = None if execution is None else execution.workspace.terms
+        self._changed()
+
+    def _changed(self) -> None:
+        """Count a change of structure, here and in the model that the layer is part of."""
+        self.revision += 1
+        if self._execution is not None:
+            self._execution.workspace.terms.structure += 1
+
+    @property
     def weight(self) -> torch.Tensor:
         """W_eff (out, in) in the compute type, decoded anew on every read.
 
@@ -61,17 +84,30 @@ class QuantLinear(nn.Module):
         """
         return self.effective_weight()
 
-    def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take these tensors, which hold the same stored bytes elsewhere, in place of the own ones."""
-        self.stored.adopt(tensors)
-        self.revision += 1
-        self.place += 1
+    def enroll(self) -> None:
+        """Have the operand of the layer alone made together with those of all other products of the model."""
+        if self._execution is not None:
+            self._product.enroll((self,), self._execution.workspace.terms, None)
+
+    def rebase(self, stored: StoredWeight, bias: nn.Parameter | None) -> None:
+        """Take another base weight and bias in place of the own ones; width, terms and execution stay."""
+        stored.watcher = self.stored.watcher
+        self.stored, self.bias = stored, bias
+        self._changed()
+
+    def forget(self) -> None:
+        """Drop what was made for the next products; it is made again when they come."""
+        self._product.release()
 
     # adapters ---------------------------------------------------------------------------------------------------------
 
     def names(self) -> tuple[str, ...]:
         """Names of the attached adapters, in order of attachment."""
         return tuple(self._adapters)
+
+    def has(self, name: str) -> bool:
+        """Whether an adapter of that name is attached."""
+        return name in self._adapters
 
     def adapters(self) -> Iterator[Term]:
         """The attached low-rank terms, in order of attachment."""
@@ -92,21 +128,29 @@ class QuantLinear(nn.Module):
                 f"the layer maps {self.in_features} to {self.out_features}.",
                 "Check that the adapter was made for this model; a Control LoRA needs its input layer widened first.",
             )
-        term.move(self.packed.device)
+        term.move(self.device)
         self._adapters[term.name] = term
-        self.revision += 1
+        self._changed()
 
     def remove(self, name: str) -> Term:
         """Detach an adapter and hand it back."""
         term = self._adapter(name)
         del self._adapters[name]
-        self.revision += 1
+        self._changed()
         return term
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Change an adapter's strength from the next call on."""
-        self._adapter(name).scale = scale
-        self.revision += 1
+        """Change an adapter's strength from the next call on.
+
+        Where a low-rank term is on before and after, that is a number in the memory of the device; to and from 0, and
+        for other kinds, operands are made anew.
+        """
+        term = self._adapter(name)
+        before, term.scale = term.scale, scale
+        if not isinstance(term, LowRank) or (before == 0) != (scale == 0):
+            self._changed()
+        elif self._execution is not None:
+            self._execution.workspace.terms.scales += 1
 
     def _adapter(self, name: str) -> Term:
         if name not in self._adapters:
@@ -129,7 +173,7 @@ class QuantLinear(nn.Module):
             )
         self._require_no_adapter_of_other_width(in_features)
         self.in_features = in_features
-        self.revision += 1
+        self._changed()
 
     def narrow(self) -> None:
         """Undo `widen`: back to the width of the packed weight."""
@@ -178,25 +222,24 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) to y (..., out), in the type of x."""
-        if self.execution is not None:
-            return self._execute(x, self.execution)
+        if self._execution is not None:
+            return self._execute(x, self._execution)
         y = F.linear(x.to(self.compute), self.effective_weight(), self.effective_bias())
         return y.to(x.dtype)
 
     def _execute(self, x: torch.Tensor, execution: Execution) -> torch.Tensor:
         """The same through kernels and libraries."""
         flat = x.reshape(1, -1, self.in_features)
-        y = self._product([self], as_rows(flat, execution.operand, execution.pointwise))
+        y = self._product((self,), as_rows(flat, execution.operand, execution.pointwise))
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         super()._apply(fn, recurse)
-        device = self.packed.device
-        self.compute = fn(torch.empty(0, dtype=self.compute, device=device)).dtype
+        moved = fn(torch.empty(0, dtype=self.compute, device=self.device))
+        self.compute = moved.dtype
         for term in self.adapters():
-            term.move(device)
-        self.revision += 1
-        self.place += 1
+            term.move(moved.device)
+        self._changed()
         return self
 
     def extra_repr(self) -> str:

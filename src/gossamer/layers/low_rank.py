@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +19,6 @@ class LowRank(Term):
     up: torch.Tensor
     scale: float = 1.0
     bias: torch.Tensor | None = None
-    _row_bound: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sound = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]
@@ -50,9 +49,3 @@ class LowRank(Term):
     def add_to_weight(self, weight: torch.Tensor, base: torch.Tensor) -> None:
         """Add scale * up @ down to a float32 weight (out, in), in place and without a matrix in between."""
         weight.addmm_(self.up.float(), self.down.float(), alpha=self.scale)
-
-    def row_bound(self) -> torch.Tensor:
-        """Float32 (out,): no value of up @ down is larger in its row, by Cauchy and Schwarz. Computed once."""
-        if self._row_bound is None or self._row_bound.device != self.up.device:
-            self._row_bound = self.up.float().norm(dim=1) * self.down.float().norm(dim=0).max()
-        return self._row_bound

@@ -1,157 +1,231 @@
 """Linears that read the same input as one product: y = [layer_0(x), layer_1(x), ...].
 
-What an operand needs besides its decoding (stacked low-rank terms, row scales, the bias, a merged copy) is made once
-and kept until an adapter, a scale or the place of a layer changes.
+What an operand needs besides its decoding (stacked low-rank terms, row scales, the bias, a merged copy, launches) is
+made once and kept until an adapter or the place of a layer changes. New scales are written into what is there. A
+streamed weight comes to the same place each time, so all of that stays valid. Only merged copies are not kept of it:
+they would be the memory that streaming saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gossamer.formats import Packed
-from gossamer.kernels.decode_ops import Backend, decode_into, measure_row_scale_into
-from gossamer.kernels.decode_reference import LARGEST_CODE, round_to, row_scales
-from gossamer.kernels.low_rank import StackedTerms, set_scales, stack_terms
+from gossamer.kernels.operators import lasting
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_int8
 from gossamer.layers.execution import Execution
 from gossamer.layers.low_rank import LowRank
+from gossamer.layers.model_terms import Lift, ModelTerms
+from gossamer.layers.operand import (
+    Keeper,
+    Operand,
+    Part,
+    Writer,
+    bias_of,
+    codes_of,
+    measure,
+    merged,
+    stored_as_operand,
+)
+from gossamer.layers.stacks import Stack, Wanted
 
 if TYPE_CHECKING:
+    from gossamer.layers.join import Joined
     from gossamer.layers.linear import QuantLinear
 
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What fills rows `start` to `stop` of the operand."""
-
-    packed: Packed
-    terms: StackedTerms | None
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """The weight side of a product (out, width): kept as `weight`, or decoded from `parts` before every product."""
-
-    parts: tuple[Part, ...]
-    weight: torch.Tensor | None
-    scale: torch.Tensor | None
-    bias: torch.Tensor | None
-    rows: int
-    width: int
-
-
-@dataclass(frozen=True, eq=False)
-class Stacked:
-    """The active low-rank terms of a layer side by side, as long as they are the same ones."""
-
-    active: tuple[LowRank, ...]
-    terms: StackedTerms
+BANDS_LARGEST = 8  # layers of one launch; more and narrower bands would leave programs little to do
 
 
 class GroupProduct:
     """The product of a group of layers, and what it keeps between calls."""
 
     def __init__(self) -> None:
+        self._layers: tuple[QuantLinear, ...] = ()
+        self._joined: Joined | None = None
+        self._model: ModelTerms | None = None
+        self._structure = -1  # the model's count that the operand was last found valid at
+        self._revisions: list[tuple[int, int]] | None = None
         self._operand: Operand | None = None
-        self._made_for: list[tuple[QuantLinear, int]] = []
-        self._made_from: Packed | None = None
-        self._stacked: dict[QuantLinear, Stacked] = {}
+        self._writer: Writer | None = None
+        self._keeper: Keeper | None = None
+        self._planned: Sequence[tuple[Packed, int, Wanted | None]] = ()  # the parts of the operand
         self._base: tuple[object, torch.Tensor] | None = None
 
     def __call__(
-        self, layers: Sequence[QuantLinear], rows: Rows, out: torch.Tensor | None = None, joined: Packed | None = None
+        self,
+        layers: tuple[QuantLinear, ...],
+        rows: Rows,
+        out: torch.Tensor | None = None,
+        joined: Joined | None = None,
     ) -> torch.Tensor:
         """Rows (..., width) to (..., sum of outputs), into `out` where it is given.
 
         `joined` holds the stored bytes of all layers side by side, where they lie so.
         """
         execution = execution_of(layers[0])
-        operand = self._current(layers, joined)
-        weight = operand.weight
-        if weight is None:
-            weight = execution.workspace.weight(operand.rows, operand.width, execution.operand, rows.values.device)
-            _decode(operand.parts, execution, weight, operand.scale)
+        _require_here(layers)
+        operand = self._current(layers, execution.workspace.terms, joined)
+        weight = operand.weight if self._writer is None else self._writer()
+        assert weight is not None
         return _multiply(execution, rows, weight, operand, out)
 
-    def _current(self, layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
+    def _current(self, layers: tuple[QuantLinear, ...], model: ModelTerms, joined: Joined | None) -> Operand:
         """The operand as the layers are now."""
-        asked = [(layer, layer.revision) for layer in layers]
-        if self._operand is None or joined is not self._made_from or asked != self._made_for:
-            self._operand = None  # a merged copy is free before the next one is made
-            self._operand = self._make(layers, joined)
-            self._made_for, self._made_from = asked, joined
-        return self._operand
-
-    def _make(self, layers: Sequence[QuantLinear], joined: Packed | None) -> Operand:
-        execution = execution_of(layers[0])
-        if any(not isinstance(term, LowRank) for layer in layers for term in layer.active()):
-            return _merged(layers, execution)
-        parts = self._parts(layers, joined)
-        bias = _bias(layers, execution.activations)
-        operand = Operand(parts, None, None, bias, parts[-1].stop, layers[0].in_features)
-        if execution.decode == "none" and _is_operand(operand):
-            return replace(operand, weight=_codes(parts[0].packed), scale=parts[0].packed.tensors.get("scale"))
-        if execution.rows_have_scales:
-            operand = replace(operand, scale=self._row_scale(layers, operand, execution))
-        if execution.keeps_merged:
-            kept = torch.empty(operand.rows, operand.width, dtype=execution.operand, device=parts[0].packed.device)
-            _decode(parts, execution, kept, operand.scale)
-            operand = replace(operand, weight=kept)
+        if layers != self._layers or joined is not self._joined or model is not self._model:
+            self.enroll(layers, model, joined)
+        if model.structure != self._structure:
+            if self._revisions != self._count():
+                with lasting():
+                    model.renew()
+            self._structure = model.structure
+        if model.scales != model.shown:
+            with lasting():
+                model.refresh()
+        operand = self._operand
+        assert operand is not None
+        if not operand.parts and _streamed(layers):
+            self.forget()
         return operand
 
-    # low-rank terms ---------------------------------------------------------------------------------------------------
+    def enroll(self, layers: tuple[QuantLinear, ...], model: ModelTerms, joined: Joined | None) -> None:
+        """Begin with these layers: their operand is made with those of the model's other products."""
+        if self._model is not None and self._model is not model:
+            self._model.leave(self)
+        self._layers, self._joined, self._model = layers, joined, model
+        self._structure, self._revisions = -1, None
+        model.follow(self)
 
-    def _parts(self, layers: Sequence[QuantLinear], joined: Packed | None) -> tuple[Part, ...]:
-        """One part a layer; one in all where the bytes lie side by side and no adapter tells the layers apart."""
-        before, self._stacked = self._stacked, {}
-        for layer in layers:
-            if active := _low_rank(layer):
-                self._stacked[layer] = _stack(active, before.get(layer))
-        if joined is not None and not self._stacked:
-            return (Part(joined, None, 0, joined.shape[0]),)
-        parts, stop = [], 0
-        for layer in layers:
-            start, stop = stop, stop + layer.out_features
-            stacked = self._stacked.get(layer)
-            parts.append(Part(layer.packed, None if stacked is None else stacked.terms, start, stop))
+    # what the model asks for when something changed -------------------------------------------------------------------
+
+    def wanted(self) -> Sequence[Wanted] | None:
+        """The stacks of a new operand; None where the present one is valid, or its bytes cannot be read now."""
+        gone = any(
+            layer.execution is None or layer.execution.workspace.terms is not self._model for layer in self._layers
+        )
+        if gone or not _filled(self._layers) or self._revisions == self._count():
+            return None
+        if self._joined is not None and not self._joined.holds(self._layers):
+            return None  # the next call brings other bytes
+        self._planned = () if _needs_merging(self._layers) else tuple(self._plan())
+        return [wanted for _, _, wanted in self._planned if wanted is not None]
+
+    def forget(self) -> None:
+        """Drop the operand: its memory is free before the next one is made."""
+        self._operand = self._writer = self._keeper = None
+        self._structure, self._revisions = -1, None
+
+    def release(self) -> None:
+        """Drop everything but the row scale of the base, which is small and stays true; the next call begins anew."""
+        self.forget()
+        if self._model is not None:
+            self._model.leave(self)
+        self._layers, self._joined, self._model, self._planned = (), None, None, ()
+
+    def remake(self, stacks: Sequence[Stack]) -> None:
+        """Make the operand anew."""
+        layers, execution = self._layers, execution_of(self._layers[0])
+        made = self._made(self._parts(stacks), execution) if self._planned else merged(layers, execution)
+        self._operand, self._revisions = made, self._count()
+        self._writer = Writer(made, execution, layers[0].device) if made.weight is None else None
+        self._keeper = Keeper(made, execution, made.weight) if made.copied and made.weight is not None else None
+
+    def lifts(self) -> Iterable[Lift]:
+        """The row scales that follow from the scales of terms."""
+        return () if self._operand is None else self._operand.lifts()
+
+    def rewrite(self) -> None:
+        """Row scales that have to be measured, biases of terms, and a kept weight, in place."""
+        operand, execution = self._operand, execution_of(self._layers[0])
+        if operand is None:
+            return
+        adapted = any(part.stack is not None for part in operand.parts)
+        if adapted and operand.scale is not None and operand.base is None:
+            measure(operand.parts, operand.scale, operand.width, execution)
+        if adapted and any(term.bias is not None for layer in self._layers for term in layer.active()):
+            fresh = bias_of(self._layers, execution.activations)
+            if operand.bias is not None and fresh is not None:
+                operand.bias.copy_(fresh)
+        if self._keeper is not None:
+            self._keeper()
+
+    def _count(self) -> list[tuple[int, int]]:
+        """Differs after every change of structure of a layer, and after every move of its bytes."""
+        return [(layer.revision, layer.stored.moves) for layer in self._layers]
+
+    def _plan(self) -> list[tuple[Packed, int, Wanted | None]]:
+        """Stored bytes, rows and terms of each part: one in all where the bytes lie side by side, else one a layer."""
+        layers, active = self._layers, [_low_rank_terms(layer) for layer in self._layers]
+        if self._joined is not None:
+            packed, rows = self._joined.packed, self._joined.packed.shape[0]
+            if not any(active):
+                return [(packed, rows, None)]
+            bands = _bands([layer.out_features for layer in layers], active)
+            if bands is not None:
+                return [(packed, rows, Wanted(tuple(active), bands))]
+        pairs = zip(layers, active, strict=True)
+        return [(of.packed, of.out_features, Wanted((terms,), (1,)) if terms else None) for of, terms in pairs]
+
+    def _parts(self, stacks: Sequence[Stack]) -> tuple[Part, ...]:
+        parts, stop, left = [], 0, list(stacks)
+        for packed, rows, wanted in self._planned:
+            start, stop = stop, stop + rows
+            parts.append(Part(packed, None if wanted is None else left.pop(0), start, stop))
         return tuple(parts)
+
+    def _made(self, parts: tuple[Part, ...], execution: Execution) -> Operand:
+        rows, width, first = parts[-1].stop, self._layers[0].in_features, parts[0]
+        bias = bias_of(self._layers, execution.activations)
+        if execution.decode == "none" and len(parts) == 1 and stored_as_operand(first, width):
+            packed = first.packed
+            return Operand(parts, codes_of(packed), packed.tensors.get("scale"), None, bias, rows, width)
+        scale, base = self._row_scale(parts, execution)
+        kept = None
+        if execution.keeps_merged and not _streamed(self._layers):
+            kept = torch.empty(rows, width, dtype=execution.operand, device=first.packed.device)
+        return Operand(parts, kept, scale, base, bias, rows, width, kept is not None)
 
     # row scales -------------------------------------------------------------------------------------------------------
 
-    def _row_scale(self, layers: Sequence[QuantLinear], operand: Operand, execution: Execution) -> torch.Tensor:
-        """(out,): what one unit of code is worth in each row.
+    def _row_scale(
+        self, parts: tuple[Part, ...], execution: Execution
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(out,): what one unit of code is worth in each row, still to be written where terms have a part in it.
 
         Measured for int8. For e4m3, whose step follows the value, the base is measured once and each term adds a bound,
-        so that adapters and their scales change without another look at the weights.
+        so that adapters and their scales change without another look at the weights. The second is then that base.
         """
-        if execution.operand != torch.float8_e4m3fn:
-            return _measured_scale(operand.parts, operand, execution)
-        scale = self._base_scale(layers, operand, execution)
-        if not self._stacked:
-            return scale
-        unit = 1.0 / LARGEST_CODE[execution.operand]
-        scale, stop = scale.clone(), 0
-        for layer in layers:
-            start, stop = stop, stop + layer.out_features
-            for each in _low_rank(layer):
-                scale[start:stop].add_(each.row_bound(), alpha=abs(each.scale) * unit)
-        return scale
+        if not execution.rows_have_scales:
+            return None, None
+        if execution.operand == torch.float8_e4m3fn:
+            base = self._base_scale(parts, execution)
+            if all(part.stack is None for part in parts):
+                return base, None
+            return base.clone(), base
+        scale = torch.empty(parts[-1].stop, dtype=torch.float32, device=parts[0].packed.device)
+        if all(part.stack is None for part in parts):
+            measure(parts, scale, self._layers[0].in_features, execution)
+        return scale, None
 
-    def _base_scale(self, layers: Sequence[QuantLinear], operand: Operand, execution: Execution) -> torch.Tensor:
-        """The row scale without adapters, measured again only after a layer was moved or widened."""
-        key = [(layer, layer.place, layer.in_features) for layer in layers]
+    def _base_scale(self, parts: tuple[Part, ...], execution: Execution) -> torch.Tensor:
+        """The row scale without adapters, measured again only after a layer got another weight, was widened, or came to
+        another device."""
+        key = [(layer.stored, layer.device, layer.in_features) for layer in self._layers]
         if self._base is None or self._base[0] != key:
-            bare = [replace(part, terms=None) for part in operand.parts]
-            self._base = (key, _measured_scale(bare, operand, execution))
+            bare = [Part(part.packed, None, part.start, part.stop) for part in parts]
+            scale = torch.empty(parts[-1].stop, dtype=torch.float32, device=parts[0].packed.device)
+            self._base = (key, measure(bare, scale, self._layers[0].in_features, execution))
         return self._base[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupProduct:
+        """A copy has layers of its own and makes its operand itself."""
+        copied = memo[id(self)] = GroupProduct()
+        return copied
 
 
 def as_rows(x: torch.Tensor, dtype: torch.dtype, pointwise: Pointwise) -> Rows:
@@ -166,78 +240,38 @@ def execution_of(layer: QuantLinear) -> Execution:
     return layer.execution
 
 
-def _low_rank(layer: QuantLinear) -> tuple[LowRank, ...]:
+def _streamed(layers: Sequence[QuantLinear]) -> bool:
+    return any(layer.stored.slot is not None for layer in layers)
+
+
+def _filled(layers: Sequence[QuantLinear]) -> bool:
+    """Whether the bytes of all layers are where products read them."""
+    return all(layer.stored.slot is None or layer.stored.slot.filled for layer in layers)
+
+
+def _require_here(layers: Sequence[QuantLinear]) -> None:
+    """A product of a slot that is not filled would be one of another block's bytes."""
+    if not _filled(layers):
+        raise RuntimeError("a streamed weight is used outside of its block: call the block through the seam")
+
+
+def _needs_merging(layers: Sequence[QuantLinear]) -> bool:
+    """Whether an adapter is of a kind that no kernel adds while it decodes."""
+    return any(not isinstance(term, LowRank) for layer in layers for term in layer.active())
+
+
+def _low_rank_terms(layer: QuantLinear) -> tuple[LowRank, ...]:
+    """The active low-rank terms of a layer."""
     return tuple(term for term in layer.active() if isinstance(term, LowRank))
 
 
-def _stack(active: tuple[LowRank, ...], before: Stacked | None) -> Stacked:
-    """The terms side by side; where only scales changed, in the tensors that are there."""
-    if before is not None and before.active == active:  # a LowRank equals itself only
-        set_scales(before.terms, [each.scale for each in active])
-        return before
-    return Stacked(active, stack_terms([(each.up, each.down, each.scale) for each in active]))
-
-
-# the weight -----------------------------------------------------------------------------------------------------------
-
-
-def _merged(layers: Sequence[QuantLinear], execution: Execution) -> Operand:
-    """A merged copy, kept until an adapter changes: for terms that no kernel adds while it decodes."""
-    rows, width, device = sum(layer.out_features for layer in layers), layers[0].in_features, layers[0].packed.device
-    kept = torch.empty(rows, width, dtype=execution.operand, device=device)
-    scale = torch.empty(rows, dtype=torch.float32, device=device) if execution.rows_have_scales else None
-    stop = 0
-    for layer in layers:
-        start, stop = stop, stop + layer.out_features
-        weight, own = layer.merged_weight(), None
-        if scale is not None:
-            own = scale[start:stop].copy_(row_scales(weight, execution.operand))
-        kept[start:stop] = round_to(weight, execution.operand, own)
-    return Operand((), kept, scale, _bias(layers, execution.activations), rows, width)
-
-
-def _is_operand(operand: Operand) -> bool:
-    """Whether the stored codes can be multiplied as they are."""
-    first = operand.parts[0]
-    return len(operand.parts) == 1 and first.terms is None and first.packed.shape[1] == operand.width
-
-
-def _bias(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor | None:
-    """All biases side by side (out,), zeros for a layer without one."""
-    biases = [layer.effective_bias(dtype) for layer in layers]
-    if all(bias is None for bias in biases):
+def _bands(heights: Sequence[int], active: Sequence[tuple[LowRank, ...]]) -> tuple[int, ...] | None:
+    """How many bands of one height each layer fills, where its terms have the same ranks as those of the others."""
+    ranks = {tuple(term.rank for term in terms) for terms in active}
+    band = math.gcd(*heights)
+    if len(ranks) > 1 or sum(heights) // band > BANDS_LARGEST:
         return None
-    if len(biases) == 1:
-        return biases[0]
-    device = layers[0].packed.device
-    pairs = zip(biases, layers, strict=True)
-    filled = [torch.zeros(of.out_features, dtype=dtype, device=device) if bias is None else bias for bias, of in pairs]
-    return torch.cat(filled)
-
-
-def _measured_scale(parts: Sequence[Part], operand: Operand, execution: Execution) -> torch.Tensor:
-    """(out,): largest value of each row over the largest code."""
-    scale = torch.empty(operand.rows, dtype=torch.float32, device=parts[0].packed.device)
-    for part in parts:
-        own = scale[part.start : part.stop]
-        backend = _writer(execution, part)
-        measure_row_scale_into(part.packed, own, execution.operand, operand.width, backend, part.terms)
-    return scale
-
-
-def _decode(parts: Sequence[Part], execution: Execution, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
-    for part in parts:
-        own = slice(part.start, part.stop)
-        row_scale = None if scale is None else scale[own]
-        decode_into(part.packed, weight[own], _writer(execution, part), part.terms, row_scale)
-
-
-def _writer(execution: Execution, part: Part) -> Backend:
-    return execution.merge if part.terms is not None or execution.decode == "none" else execution.decode
-
-
-def _codes(packed: Packed) -> torch.Tensor:
-    return packed.tensors["values"] if "values" in packed.tensors else packed.tensors["codes"]
+    return tuple(height // band for height in heights)
 
 
 # the product ----------------------------------------------------------------------------------------------------------

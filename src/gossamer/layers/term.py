@@ -65,7 +65,7 @@ class Term(ABC):
     def move(self, device: torch.device | str) -> None:
         """Put the tensors on a device, their types unchanged."""
         for name, value in self._values().items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.device != device:
                 setattr(self, name, value.to(device))
 
     def scaled_bias(self) -> torch.Tensor:

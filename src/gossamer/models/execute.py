@@ -29,23 +29,28 @@ def execute(
     wish: str | Callable[[str], str] = "exact",
     keeps_merged: bool = False,
     head_dim: int = FLUX_HEAD_DIM,
+    attention: str = "auto",
+    apart: Callable[[str], bool] = lambda _: False,
 ) -> Mapping[str, Choice]:
     """Set the execution of every QuantLinear inside; the choice made for each, by its name.
 
-    `wish` is a compute type or "auto" or "exact" (see `kernels.choice`), for all layers or by name. `keeps_merged`
-    spends memory on a second copy of weights that need no decoding, while adapters are attached.
+    `wish` is a compute type or "auto" or "exact" (see `kernels.choice`), for all layers or by name, `attention` "auto"
+    or "exact". `keeps_merged` spends memory on a second copy of weights that need no decoding, while adapters are
+    attached. Layers that are `apart` by their names run at other times than the rest: their changes leave captured
+    steps of the others valid.
     """
     wish_of = wish if callable(wish) else lambda _: wish
     layers = linear_layers(module)
-    choices = {
-        name: choose(capability, layer.packed.format, wish_of(name), (layer.out_features, layer.in_features), head_dim)
-        for name, layer in layers.items()
-    }
+    choices = {}
+    for name, layer in layers.items():
+        shape = layer.out_features, layer.in_features
+        choices[name] = choose(capability, layer.packed.format, wish_of(name), shape, head_dim, attention)
     pointwise, workspace = pointwise_functions(capability), Workspace()
+    other = workspace.beside()
     # equal choices are one execution, so that a model has a handful of them
     known: dict[Execution, Execution] = {}
     for name, layer in layers.items():
-        made = _execution(choices[name], pointwise, workspace, keeps_merged)
+        made = _execution(choices[name], pointwise, other if apart(name) else workspace, keeps_merged)
         layer.execution = known.setdefault(made, made)
     return choices
 

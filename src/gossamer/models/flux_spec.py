@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from gossamer.errors import WrongModelError
@@ -22,6 +23,11 @@ MLP_RATIO = 4
 
 # Linears that published GGUF files of FLUX.1 keep in bf16 or fp32: small, and every token or every block reads them.
 SENSITIVE: tuple[str, ...] = ("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.linear", "proj_out")
+
+# Linears whose vectors scale and gate every token of a block. Read once a run, they can have eight bits at no cost: the
+# forward error of a random FLUX.1-dev in NF4 with fp8 products falls from 0.346 to 0.283 that way.
+MODULATION = "*.norm*.linear"
+MODULATION_STORAGE = "Q8_0"  # wherever the other linears of the blocks are quantised
 
 REQUIRED = (
     "num_layers",
@@ -33,6 +39,11 @@ REQUIRED = (
     "pooled_projection_dim",
     "guidance_embeds",
 )
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a linear of that name gives the vectors of a block."""
+    return fnmatchcase(name, MODULATION)
 
 
 @dataclass(frozen=True)

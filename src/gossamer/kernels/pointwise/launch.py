@@ -124,8 +124,8 @@ class Launch:
         self._device = device
         self._run: Callable[..., object] | None = None  # stays None in Triton's interpreter
 
-    def __call__(self, *tensors: torch.Tensor | None) -> None:
-        """Run the kernel on tensors of the layouts that the plan was made for."""
+    def __call__(self, *tensors: object) -> None:
+        """Run the kernel on tensors, or descriptors of them, of the layouts that the plan was made for."""
         plan = self._plan
         with torch.cuda.device(self._device):
             if self._run is not None:

@@ -20,13 +20,17 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 def heads_first(qkv: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (batch, heads, tokens, head size) of a buffer (batch, tokens, 3 * width), as views."""
+    """Queries, keys and values (batch, heads, tokens, head size) of a buffer (batch, tokens, 3 * width), as views.
+
+    The buffer is a tensor of its own, or its first columns, and a head is 256 bytes in FLUX.1: all that a view begins
+    with and steps by is a multiple of 16 bytes, as Hopper's copy engine needs it.
+    """
     query, key, value = qkv.unflatten(-1, (3, -1, head_size)).permute(2, 0, 3, 1, 4)
     return query, key, value
 
 
 def tokens_first(attended: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, tokens, head size) to (batch, tokens, width)."""
+    """(batch, heads, tokens, head size) to (batch, tokens, width): a view where tokens come first in memory."""
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -10,6 +10,7 @@ Nothing in a block changes them, so a caller may compute them for all steps of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,20 +108,32 @@ def single_vectors(norm: AdaLN, activated: torch.Tensor) -> SingleVectors:
     return SingleVectors(Modulation(scale, shift), gate)
 
 
-def rows_of(vectors: ModelVectors, rows: slice) -> ModelVectors:
-    """Some rows of every vector."""
+def each_vector(vectors: ModelVectors, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelVectors:
+    """The same with every vector changed, in an order that is always the same."""
 
-    def cut(by: Modulation) -> Modulation:
-        return Modulation(by.scale[rows], by.shift[rows])
+    def norm(by: Modulation) -> Modulation:
+        return Modulation(change(by.scale), change(by.shift))
 
     def stream(by: StreamVectors) -> StreamVectors:
-        return StreamVectors(cut(by.attention), by.attention_gate[rows], cut(by.mlp), by.mlp_gate[rows])
+        return StreamVectors(norm(by.attention), change(by.attention_gate), norm(by.mlp), change(by.mlp_gate))
 
     return ModelVectors(
         tuple(DoubleVectors(stream(by.text), stream(by.image)) for by in vectors.double),
-        tuple(SingleVectors(cut(by.norm), by.gate[rows]) for by in vectors.single),
-        cut(vectors.out),
+        tuple(SingleVectors(norm(by.norm), change(by.gate)) for by in vectors.single),
+        norm(vectors.out),
     )
+
+
+def rows_of(vectors: ModelVectors, rows: slice) -> ModelVectors:
+    """Some rows of every vector."""
+    return each_vector(vectors, lambda vector: vector[rows])
+
+
+def vectors_of(vectors: ModelVectors) -> list[torch.Tensor]:
+    """All vectors, in the order of `each_vector`."""
+    found: list[torch.Tensor] = []
+    each_vector(vectors, lambda vector: found.append(vector) or vector)  # type: ignore[func-returns-value]
+    return found
 
 
 def out_vectors(norm: AdaLN, activated: torch.Tensor) -> Modulation:

@@ -18,7 +18,7 @@ from gossamer.models.flux.attention import attend
 
 @dataclass(frozen=True)
 class Operators:
-    """`attend` may be replaced by what does the same as the function of its name."""
+    """`attend` may be replaced by what does the same as the function of its name, exactly or in eight bits."""
 
     pointwise: Pointwise = TORCH
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = attend

@@ -1,12 +1,15 @@
 """The seam: the one loop over blocks, and the call around each of them that may be replaced.
 
-A step cache that leaves blocks out, or a streamer that fetches weights before a block and drops them after it, is a
-`BlockRunner`. It is set on the model (`model.runner = ...`) and sees every block of every forward:
+A step cache that leaves blocks out is a `BlockRunner`. It is set on the model (`model.runner = ...`) and sees every
+block of every forward:
 
     def timed(step: BlockStep, state: BlockState) -> None:
         started = time.perf_counter()
         step(state)                     # leave this out, and the block is skipped
         print(step.index, step.kind, time.perf_counter() - started)
+
+A block that runs first asks the model's `weights` for its own (`BlockWeights`): they may be streamed from the host.
+That is part of `step(state)`, so runners need not know of it, and no weights come for a block that is left out.
 
 Blocks work in place: whoever wants to compare tokens before and after a block has to clone them before it.
 """
@@ -110,6 +113,26 @@ class Shared:
     operators: Operators
 
 
+class BlockWeights(Protocol):
+    """Where the weights of blocks come from, each known by its index."""
+
+    def arrive(self, index: int) -> None:
+        """Have the weights of a block on the device before anything that is queued from now on."""
+
+    def depart(self, index: int) -> None:
+        """All that reads the weights of the block has been queued."""
+
+
+class Resident:
+    """The weights of all blocks are on the device at all times."""
+
+    def arrive(self, index: int) -> None:
+        """They are there."""
+
+    def depart(self, index: int) -> None:
+        """They stay."""
+
+
 @dataclass(frozen=True, eq=False)
 class BlockStep:
     """One block with all it needs besides the state. `index` counts over all `count` blocks, double ones first.
@@ -123,11 +146,16 @@ class BlockStep:
     block: nn.Module
     vectors: DoubleVectors | SingleVectors
     shared: Shared
+    weights: BlockWeights
     residual: torch.Tensor | None = None
 
     def __call__(self, state: BlockState) -> None:
         """Run the block, then add the residual."""
-        self.block(state, self.vectors, self.shared)
+        self.weights.arrive(self.index)
+        try:
+            self.block(state, self.vectors, self.shared)
+        finally:
+            self.weights.depart(self.index)
         if self.residual is not None:
             state.image.add_(self.residual)
 

@@ -32,13 +32,26 @@ from gossamer.models.flux.modulation import AdaLN, Conditions, ModelVectors, Mod
 from gossamer.models.flux.operators import Operators
 from gossamer.models.flux.residuals import repeat, spread
 from gossamer.models.flux.rope import rotation
-from gossamer.models.flux.seam import BlockRunner, BlockState, BlockStep, Shared, run_block, run_blocks
+from gossamer.models.flux.seam import (
+    BlockRunner,
+    BlockState,
+    BlockStep,
+    BlockWeights,
+    Resident,
+    Shared,
+    run_block,
+    run_blocks,
+)
+from gossamer.models.flux.step import StepInputs, Stepper, run_step
 
 Residuals = Sequence[torch.Tensor] | None
 
 
 class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """A drop-in for `diffusers.FluxTransformer2DModel` whose `runner`, `operators` and `modulator` may be replaced."""
+    """A drop-in for `diffusers.FluxTransformer2DModel`.
+
+    `runner`, `weights`, `stepper`, `operators` and `modulator` may be set.
+    """
 
     _no_split_modules: Any = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012 - declared without ClassVar by diffusers
     _repeated_blocks: Any = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012
@@ -73,6 +86,8 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
         self.norm_out = AdaLN(width, 2)
         self.proj_out = nn.Linear(width, patch_size**2 * (out_channels or in_channels))
         self.runner: BlockRunner = run_block
+        self.stepper: Stepper = run_step
+        self.weights: BlockWeights = Resident()
         self.operators = Operators()
         self.modulator: Modulator = modulate
         self._axes = tuple(axes_dims_rope)
@@ -103,17 +118,24 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
         with lora_scale(self, joint_attention_kwargs or {}):
             given = Conditions(timestep, guidance, pooled_projections, hidden_states.dtype, self._branch)
             vectors = self.modulator(self, given)
-            shared = Shared(rotation(txt_ids, img_ids, self._axes), self.operators)
-            state = self._embed(hidden_states, encoder_hidden_states)
+            turned = rotation(txt_ids, img_ids, self._axes)
             arrange = repeat if controlnet_blocks_repeat else spread
             residuals = [
                 *arrange(controlnet_block_samples, len(self.transformer_blocks)),
                 *spread(controlnet_single_block_samples, len(self.single_transformer_blocks)),
             ]
-            run_blocks(self._steps(vectors, shared, residuals), state, self.runner)
-            rows = self.operators.pointwise.norm_modulate(state.image, vectors.out, state.dtype)
-            sample: torch.Tensor = self.proj_out(rows.values)
+            inputs = StepInputs(hidden_states, encoder_hidden_states, vectors, turned, residuals, self._branch)
+            sample = self.stepper(self, inputs)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """Embedding, all blocks, and the projection behind them: what `stepper` runs, or repeats."""
+        vectors, shared = inputs.vectors, Shared(inputs.rotation, self.operators)
+        state = self._embed(inputs.image, inputs.text, inputs.branch)
+        run_blocks(self._steps(vectors, shared, inputs.residuals), state, self.runner)
+        rows = self.operators.pointwise.norm_modulate(state.image, vectors.out, state.dtype)
+        sample: torch.Tensor = self.proj_out(rows.values)
+        return sample
 
     # what is known before the first block -----------------------------------------------------------------------------
 
@@ -133,20 +155,20 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
             out_vectors(self.norm_out, activated),
         )
 
-    def _embed(self, image: torch.Tensor, text: torch.Tensor) -> BlockState:
+    def _embed(self, image: torch.Tensor, text: torch.Tensor, branch: str | None) -> BlockState:
         tokens = torch.cat((self.context_embedder(text), self.x_embedder(image)), dim=1)
-        return BlockState(tokens, text.shape[1], self._branch)
+        return BlockState(tokens, text.shape[1], branch)
 
     def _steps(
         self, vectors: ModelVectors, shared: Shared, residuals: Sequence[torch.Tensor | None]
     ) -> Iterator[BlockStep]:
         double, single = list(self.transformer_blocks), list(self.single_transformer_blocks)
-        count = len(residuals)
+        count, weights = len(residuals), self.weights
         for index, block in enumerate(double):
-            yield BlockStep(index, count, "double", block, vectors.double[index], shared, residuals[index])
+            yield BlockStep(index, count, "double", block, vectors.double[index], shared, weights, residuals[index])
         for place, block in enumerate(single):
             index = len(double) + place
-            yield BlockStep(index, count, "single", block, vectors.single[place], shared, residuals[index])
+            yield BlockStep(index, count, "single", block, vectors.single[place], shared, weights, residuals[index])
 
     # what diffusers' pipelines call besides ---------------------------------------------------------------------------
 

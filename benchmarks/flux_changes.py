@@ -1,0 +1,163 @@
+"""What a change costs at full size: the first step of all, a new resolution, another set of adapters, another scale.
+
+    PYTHONPATH=src python benchmarks/flux_changes.py
+    PYTHONPATH=src python benchmarks/flux_changes.py --models fp8/fp8,nf4/fp8 --out benchmarks/results
+
+FLUX.1-dev on random weights that are on the GPU already, 1024x1024. Every model is measured in two processes, the
+first with empty kernel caches, the second with those that the first one left. A change is timed by the host's clock
+around the call and a synchronisation; what the step after it takes longer than a usual step is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flux_step_cases import attach_ours, build_ours, detach_ours
+from flux_step_rows import RUN_STEPS, Schedule
+from gossamer.adapters import attached, set_scale
+from gossamer.bench.random_flux import Workload, full_size, random_adapters, step_inputs, tiny
+from gossamer.bench.record import record_path, stamp, write_record
+from gossamer.errors import GossamerError, InvalidOptionError
+from gossamer.models.flux.prepass import Prepass
+
+MODELS = "bf16/bf16,fp8/fp8,nf4/fp8,Q4_K/fp8,Q8_0/bf16"
+USUAL_STEPS = 5  # of which the median is the usual step
+OTHER_SIDE = 768  # pixels of the other resolution
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if not options.quick and not torch.cuda.is_available():
+        raise InvalidOptionError(
+            "There is no GPU to measure on.",
+            "The full-size model takes minutes a step on a CPU.",
+            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
+        )
+    device = torch.device("cpu" if options.quick else "cuda")
+    if options.one:
+        print(json.dumps(measured((tiny if options.quick else full_size)(device), options.one)))
+        return
+    record = {**stamp(device), "workload": "FLUX.1-dev, 1024x1024" if not options.quick else "quick", "rows": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = record_path(options.out, "flux_changes", record)
+    for model in options.models.split(","):
+        with tempfile.TemporaryDirectory() as caches:
+            for cache in ("empty", "filled"):
+                row = {"model": model, "kernel_cache": cache, **apart(model, options.quick, caches)}
+                record["rows"].append(row)
+                write_record(path, record)
+                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    print(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", default=MODELS, help="storage/compute, with commas between them")
+    made.add_argument("--quick", action="store_true", help="three small blocks on the CPU, to try the benchmark itself")
+    made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
+    made.add_argument("--one", help=argparse.SUPPRESS)  # one model, in this process
+    return made
+
+
+def apart(model: str, quick: bool, caches: str) -> Row:
+    """The row of a model, from a process of its own with its own kernel caches."""
+    folders = {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+    command = [sys.executable, __file__, "--one", model, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, env={**os.environ, **folders}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+@torch.no_grad()
+def measured(work: Workload, name: str) -> Row:
+    """All changes of one model, in milliseconds unless the name says seconds."""
+    storage, compute = name.split("/")
+    model = build_ours(work, storage, compute)
+    inputs = step_inputs(work)
+    own = float(inputs["timestep"][0]) * 1000
+    model.modulator = Prepass(model, Schedule(torch.linspace(own, 1000.0, RUN_STEPS, device=work.device)))
+
+    def step() -> object:
+        return model(**inputs, return_dict=False)[0]
+
+    row: Row = {"first_step_seconds": milliseconds(step, work) / 1e3}
+    row |= {"second_step_ms": milliseconds(step, work), "step_ms": usual(step, work)}
+    other = step_inputs(replace(work, side=OTHER_SIDE if work.side > 64 else 32))
+    times = [milliseconds(lambda: model(**other, return_dict=False), work) for _ in range(2 + USUAL_STEPS)]
+    row |= {"new_resolution_first_ms": times[0], "new_resolution_second_ms": times[1]}
+    row |= {"new_resolution_step_ms": statistics.median(times[2:])}
+    for kind in ("r16", "4xr16"):
+        row |= adapter_changes(model, work, step, kind)
+    return {key: round(value, 3) for key, value in row.items()}
+
+
+def adapter_changes(model: Any, work: Workload, step: Callable[[], object], kind: str) -> Row:
+    """Swapping all adapters for others of the same ranks, and changing the scale of one.
+
+    The files are in host memory.
+    """
+    detach_ours(model)
+    attach_ours(model, random_adapters(work, kind))
+    before = usual(step, work)
+    others = [on_host(adapter) for adapter in random_adapters(work, kind)]
+
+    def swap() -> None:
+        detach_ours(model)
+        attach_ours(model, others)
+
+    row = {f"{kind}_step_ms": before, f"{kind}_swap_ms": milliseconds(swap, work)}
+    row[f"{kind}_step_after_swap_ms"] = milliseconds(step, work)
+    usual(step, work)
+    name = next(iter(attached(model)))
+    row[f"{kind}_scale_ms"] = milliseconds(lambda: set_scale(model, name, 0.5), work)
+    row[f"{kind}_step_after_scale_ms"] = milliseconds(step, work)
+    return row
+
+
+def on_host(adapter: Any) -> Any:
+    """The adapter as a reader leaves it: its factors in host memory."""
+    terms = {name: replace(term, down=term.down.cpu(), up=term.up.cpu()) for name, term in adapter.terms.items()}
+    return replace(adapter, terms=terms)
+
+
+def usual(step: Callable[[], object], work: Workload) -> float:
+    """Milliseconds of a step that nothing preceded."""
+    return statistics.median(milliseconds(step, work) for _ in range(USUAL_STEPS))
+
+
+def milliseconds(call: Callable[[], object], work: Workload) -> float:
+    """The host's clock around a call and all work that it queues."""
+    wait(work)
+    started = time.perf_counter()
+    call()
+    wait(work)
+    return (time.perf_counter() - started) * 1e3
+
+
+def wait(work: Workload) -> None:
+    """Until the device has nothing left to do."""
+    if work.device.type == "cuda":
+        torch.cuda.synchronize(work.device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GossamerError as error:
+        sys.exit(f"{type(error).code}: {error}")

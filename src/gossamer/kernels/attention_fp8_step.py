@@ -1,0 +1,175 @@
+"""What a warpgroup does with a block of keys: its share of `attention_fp8_kernel`, without rings and tiles.
+
+    S = q k^T                      bf16, exact products, float32 sums
+    P = 2^(scale S + e + 8 - m)    m: the largest `scale S + e` of a row so far, so P is at most 2^8
+    y = (P v / 2^e) / sum(P / 2^e) P and v / 2^e in e4m3, float32 sums; e: one whole number for every block of keys
+
+`step` is the body of the inner loop. The next block's scores are started first, so that the tensor cores have work
+while this block's exponentials are taken; the next largest scores are found beside this block's P v. Nothing is in
+flight from one step to the next: the compiler would then wait after every single product.
+
+Order of keys. A thread gets scores of columns 8 g + 2 t + {0, 1} (t: four lanes a row) and has to give P at columns
+4 t + {0, 1, 2, 3} of every 16: `v` is stored with its keys in that order (`attention_values`), so nothing moves.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.runtime.jit import constexpr_function
+
+HEAD = gl.constexpr(128)  # channels of a head
+ROWS = gl.constexpr(64)  # queries of a warpgroup
+P_SHIFT = gl.constexpr(8.0)
+
+
+@constexpr_function
+def accumulator(columns: int, depth: int) -> gl.NVMMADistributedLayout:
+    """What a warpgroup's product of 64 rows leaves in its threads; `depth` is 32 bytes of operands."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, depth])
+
+
+@gluon.jit
+def regrouped(x: gl.tensor, GROUPS: gl.constexpr) -> gl.tensor:
+    """Columns (GROUPS, 4 lanes, 2) of every 8 * GROUPS in the order (4 lanes, GROUPS, 2): a thread's side by side."""
+    COLUMNS: gl.constexpr = x.shape[1]
+    x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // (8 * GROUPS), GROUPS, 4, 2]), [0, 1, 3, 2, 4])
+    return gl.reshape(x, [ROWS, COLUMNS])
+
+
+@gluon.jit
+def row_scaled(x: gl.tensor, factor: gl.tensor) -> gl.tensor:
+    """Every row of `x` by its factor."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    return x * gl.convert_layout(factor, LAYOUT, assert_trivial=True)[:, None]
+
+
+# scores ---------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def start_scores(q: gl.shared_memory_descriptor, k: gl.shared_memory_descriptor) -> gl.tensor:
+    """q k^T (64, keys), not waited for; k (1, 1, keys, 128)."""
+    KEYS: gl.constexpr = k.shape[2]
+    blank = gl.zeros([ROWS, KEYS], gl.float32, accumulator(KEYS, 16))
+    return warpgroup_mma(q, k.reshape([KEYS, HEAD]).permute([1, 0]), blank, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def masked(s: gl.tensor, first: gl.tensor, tokens: gl.tensor) -> gl.tensor:
+    """Scores (64, keys) of the keys from `first` on, minus infinity behind the last token."""
+    key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    return gl.where((key < tokens)[None, :], s, float("-inf"))
+
+
+# probabilities --------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def logarithms(s: gl.tensor, m: gl.tensor, scale: gl.tensor, e: gl.tensor) -> gl.tensor:
+    """log2 P (64, keys)."""
+    return gl.fma(s, scale, (e + P_SHIFT - m)[:, None])
+
+
+@gluon.jit
+def powers(logarithm: gl.tensor, e: gl.tensor) -> gl.tuple:
+    """P (64, keys) in float32, and the sums of P / 2^e that a thread has, (64, 8)."""
+    p = gl.exp2(logarithm)
+    # rows are added up across lanes once a tile
+    return p, gl.sum(gl.reshape(p, [ROWS, p.shape[1] // 8, 8]), 1) * gl.exp2(-e)
+
+
+@gluon.jit
+def operand(p: gl.tensor) -> gl.tensor:
+    """P (64, keys) rounded to e4m3, as the left operand of a product."""
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, accumulator(HEAD, 32), 4)
+    p = gl.convert_layout(regrouped(p, 2), LAYOUT, assert_trivial=True)
+    # four at once: a conversion by pairs leaves the packing of bytes to many small instructions
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f",
+        [p],
+        gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
+
+
+# blocks ---------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def start_values(p8: gl.tensor, v: gl.shared_memory_descriptor, o: gl.tensor, FIRST: gl.constexpr) -> gl.tensor:
+    """`o` (64, 128) and P v, not waited for; P v alone where FIRST. v (128, keys)."""
+    return warpgroup_mma(p8, v.permute([1, 0]), o, use_acc=not FIRST, is_async=True)
+
+
+@gluon.jit
+def step(
+    q: gl.shared_memory_descriptor,
+    k: gl.shared_memory_descriptor,
+    v: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    phase: gl.tensor,
+    s: gl.tensor,
+    largest: gl.tensor,
+    o: gl.tensor,
+    m: gl.tensor,
+    sums: gl.tensor,
+    e: gl.tensor,
+    next_exponent: gl.tensor,
+    scale: gl.tensor,
+    FIRST: gl.constexpr,
+) -> gl.tuple:
+    """Exponentials and P v of a block of keys, and the scores of the next with their largest.
+
+    `s` (64, keys), `largest` (64,) and `e` are of this block, `v` too; `k` and `next_exponent` are of the next. Both
+    are there when `full` has completed `phase`. `o` (64, 128), `m` (64,) and `sums` (64, 8) are of the blocks before;
+    where FIRST there are none, and `m` and `sums` are not read. All six come back, for the next step.
+    """
+    before = m
+    m = gl.fma(largest, scale, e) if FIRST else gl.maximum(m, gl.fma(largest, scale, e))
+    shrunk = gl.exp2(before - m)
+    logarithm = logarithms(s, m, scale, e)
+    mbarrier.wait(full, phase)
+    s = start_scores(q, k)
+    # over at once; the compiler moves nothing across it, so that no exponential stands before the products' start
+    mbarrier.wait(full, phase)
+    p, more = powers(logarithm, e)
+    sums = more if FIRST else row_scaled(sums, shrunk) + more
+    if not FIRST:
+        o = row_scaled(o, shrunk)
+    e = gl.load(next_exponent)
+    o = start_values(operand(p), v, o, FIRST)
+    s = warpgroup_mma_wait(1, deps=[s])
+    largest = gl.max(s, 1)
+    o = warpgroup_mma_wait(0, deps=[o])
+    return s, largest, o, m, sums, e
+
+
+@gluon.jit
+def last_probabilities(
+    s: gl.tensor,
+    largest: gl.tensor,
+    o: gl.tensor,
+    m: gl.tensor,
+    sums: gl.tensor,
+    e: gl.tensor,
+    scale: gl.tensor,
+    FIRST: gl.constexpr,
+) -> gl.tuple:
+    """P (64, keys) of the last block in float32, with `o` and `sums` ready for it; arguments as those of `step`."""
+    before = m
+    m = gl.fma(largest, scale, e) if FIRST else gl.maximum(m, gl.fma(largest, scale, e))
+    p, more = powers(logarithms(s, m, scale, e), e)
+    if not FIRST:
+        shrunk = gl.exp2(before - m)
+        more = row_scaled(sums, shrunk) + more
+        o = row_scaled(o, shrunk)
+    return p, o, more

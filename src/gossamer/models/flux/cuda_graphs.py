@@ -1,0 +1,55 @@
+"""CUDA graphs by way of torch. All of them share one pool of memory: they run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class CudaGraphs:
+    """The backend of `graph` on NVIDIA GPUs."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = (
+            None  # one for all captures: workspaces of libraries belong to a stream
+        )
+        self._done: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def obstacle(self, tensor: torch.Tensor) -> str | None:
+        """Graphs are for CUDA, and not inside another one."""
+        if tensor.device.type != "cuda":
+            return f"a {tensor.device.type} device has no CUDA graphs"
+        return "another capture is under way" if torch.cuda.is_current_stream_capturing() else None
+
+    def capture(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+        """Record what `work` queues; blocks that torch has cached are given back first."""
+        with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            # other threads may use the GPU meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                out = work()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Wait for the stream that was used before, where it is another one."""
+        stream = torch.cuda.current_stream()
+        if self._done is not None and self._done[0] != stream:
+            stream.wait_event(self._done[1])
+        yield
+        self._done = (stream, stream.record_event())
+
+    def release(self) -> None:
+        """The pool goes with the last graph; the next capture begins another."""
+        self._pool = self._stream = None

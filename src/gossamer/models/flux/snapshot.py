@@ -1,0 +1,77 @@
+"""What the kernels of a step follow from besides its inputs: a captured step is right as long as that stays the same.
+
+Layers count their changes (`layers.model_terms`). Everything else that a forward reads, modules, parameters and hooks,
+is compared by identity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gossamer.kernels.operators import lasting
+from gossamer.layers import QuantLinear, StoredWeight
+from gossamer.models.flux_spec import is_modulation
+from gossamer.models.swap import linear_layers
+
+PARTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+
+class Snapshot:
+    """The state of a model at one time; `obstacle` says why no step of it can be captured, or is None."""
+
+    def __init__(self, model: Any) -> None:
+        layers = [layer for name, layer in linear_layers(model).items() if not is_modulation(name)]
+        models = {
+            id(layer.execution.workspace.terms): layer.execution.workspace.terms for layer in layers if layer.execution
+        }
+        self._terms = next(iter(models.values()), None)
+        self.obstacle = _obstacle(model, len(models))
+        self._structure = -1 if self._terms is None else self._terms.structure
+        self._operators = model.operators
+        # bytes of stored weights are counted where they move; the modulation has run before
+        modules = [
+            module
+            for name, module in model.named_modules()
+            if not isinstance(module, StoredWeight) and not is_modulation(name)
+        ]
+        self._parts = [getattr(module, part) for module in modules for part in PARTS]
+        self._held = self._objects()  # alive, so that no other object gets the place of one
+
+    def differs(self, model: Any) -> bool:
+        """Whether kernels would be others now, or read from elsewhere."""
+        if self._terms is None or self._terms.structure != self._structure or model.operators is not self._operators:
+            return True
+        return list(map(id, self._objects())) != list(map(id, self._held))
+
+    def show_scales(self) -> None:
+        """Write new scales of adapters into the memory that kernels read."""
+        if self._terms is not None and self._terms.scales != self._terms.shown:
+            with lasting():
+                self._terms.refresh()
+
+    def _objects(self) -> list[Any]:
+        return [value for part in self._parts for value in part.values()]
+
+
+def _obstacle(model: Any, executions: int) -> str | None:
+    """Why the model itself stands against it."""
+    if executions != 1:
+        return "the linears of the model were not prepared together"
+    for name, module in model.named_modules():
+        if is_modulation(name):
+            continue
+        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+            return f"{name!r} has hooks"
+        if isinstance(module, QuantLinear) and module.execution is None:
+            return f"{name!r} runs without kernels"
+        if "forward" in vars(module):
+            return f"the forward of {name or 'the model'!r} was replaced"
+    foreign = next((name for name, module in model.named_modules() if _is_foreign(module)), None)
+    return None if foreign is None else f"{foreign!r} is no part that gossamer knows"
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return not home.startswith(("gossamer.", "torch.nn.modules."))

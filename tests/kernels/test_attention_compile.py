@@ -1,0 +1,73 @@
+"""Attention with values in eight bits becomes the machine code that it is meant to, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_attention_cases.py")
+SOURCE = Path(__file__).parents[2] / "src"
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """What the script printed, by kernel; its cache is fresh, so that everything is compiled."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(SOURCE)}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {each["kernel"]: each for each in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def steps(facts) -> list[dict[str, int]]:
+    """The loop over blocks of keys, once for each of the two warpgroups; loops that write a result are larger ones."""
+    found = [loop for loop in facts["attention"]["loops"] if "STG" not in loop]
+    assert len(found) == 2
+    return found
+
+
+def test_both_kernels_fit_and_spill_nothing(facts):
+    assert set(facts) == {"values", "attention"}
+    for kernel in facts.values():
+        assert kernel["stack_bytes"] == 0
+        assert kernel["shared_bytes"] <= HOPPER_SHARED_BYTES
+        assert not {"LDL", "STL"} & set(kernel["code"])
+
+
+def test_logits_are_multiplied_in_bf16_and_values_in_fp8(steps):
+    """128 keys are 8 products of depth 16 in bf16, and 4 of depth 32 in eight bits."""
+    assert [(loop["HGMMA"], loop["QGMMA"]) for loop in steps] == [(8, 4)] * 2
+
+
+def test_nothing_goes_through_shared_memory_between_the_products(steps):
+    for loop in steps:
+        assert not {"LDS", "STS", "LDSM", "STSM", "LDL", "STL"} & set(loop)
+
+
+def test_products_are_waited_for_together(steps):
+    """Where the compiler finds operands in flight across an edge, it waits after every product instead."""
+    assert max(loop["WARPGROUP"] for loop in steps) < 8
+
+
+def test_a_step_has_hardly_more_than_its_arithmetic(steps):
+    """64 exponentials and maxima a thread, two logarithms' multiply-adds more, and conversions by pairs."""
+    for loop in steps:
+        assert loop["MUFU"] <= 68
+        assert loop["F2FP"] == 32
+        assert sum(loop.values()) < 480
+        assert "PRMT" not in loop
+
+
+def test_memory_is_loaded_by_the_copy_engine_and_in_whole_words(facts):
+    assert facts["attention"]["code"]["UTMALDG"] >= 4
+    assert facts["values"]["vector_loads"] >= 8
+    assert facts["values"]["vector_stores"] >= 4

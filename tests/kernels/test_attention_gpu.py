@@ -1,0 +1,210 @@
+"""Attention with values in eight bits on a Hopper GPU: against its reference, and inside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gossamer.errors import InvalidOptionError
+from gossamer.kernels.attention import attend
+from gossamer.kernels.attention_fp8 import attend_fp8_values
+from gossamer.kernels.attention_reference import attend_in_torch
+from gossamer.kernels.attention_values import HEAD, values_in_torch
+from gossamer.kernels.attention_values_kernel import encode_values
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN, so that a value that no kernel wrote shows; no gradients, as models are run."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.no_grad():
+        yield
+    torch.use_deterministic_algorithms(before)
+
+
+def views(batch: int, tokens: int, heads: int, width: int | None = None, sharp: float = 1.0) -> list[torch.Tensor]:
+    """q, k and v of a buffer (batch, tokens, width), as a block has them."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    shape = batch, tokens, width or 3 * heads * HEAD
+    buffer = torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+    parts = (buffer[..., i * heads * HEAD : (i + 1) * heads * HEAD] for i in range(3))
+    q, k, v = (part.unflatten(-1, (heads, HEAD)).transpose(1, 2) for part in parts)
+    q *= sharp
+    return [q, k, v]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The reference but for bf16's rounding of the result, and for P that fall on the other side of a tie.
+
+    The first is 2^-9 at most, 0.0017 in the mean square; a P on the other side moves by a step of e4m3, but only those
+    within float32's error of a tie can.
+    """
+    y = attend(q, k, v, "fp8_values")
+    assert y.shape == q.shape
+    assert y.isfinite().all()
+    assert relative(y, attend_in_torch(q, k, v)) < 0.003
+    return y
+
+
+def test_the_poison_works():
+    assert torch.empty(64, device="cuda").isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128, 129, 333])
+def test_lengths(tokens):
+    assert_right(*views(2, tokens, 3))
+
+
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(4608, 24, 9216), (4608, 24, 21504), (4609, 2, None)])
+def test_the_sizes_of_flux(tokens, heads, width):
+    q, k, v = views(1, tokens, heads, width)
+    some = slice(0, 2)
+    y = attend(q, k, v, "fp8_values")
+    assert y.isfinite().all()
+    assert relative(y[:, some], attend_in_torch(q[:, some], k[:, some], v[:, some])) < 0.003
+    exact = F.scaled_dot_product_attention(*(x[:, some].float() for x in (q, k, v)))
+    assert 0.01 < relative(y[:, some], exact) < 0.05
+    assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("sharp", [3.0, 12.0])
+def test_large_logits(sharp):
+    assert_right(*views(2, 333, 3, sharp=sharp))
+
+
+def test_logits_of_hundreds():
+    """One key a row, or two: nothing averages out, and nothing overflows."""
+    q, k, v = views(2, 333, 3, sharp=100.0)
+    y = attend(q, k, v, "fp8_values")
+    assert y.isfinite().all()
+    assert relative(y, F.scaled_dot_product_attention(q.double(), k.double(), v.double())) < 0.05
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 1e-3, 2.0**60])
+def test_values_of_any_size(scale):
+    q, k, v = views(1, 300, 2)
+    v *= scale
+    v[:, :, 128:256] *= 1024
+    assert_right(q, k, v)
+
+
+def test_values_are_encoded_as_the_reference_does():
+    v = views(2, 333, 3, width=9 * HEAD + 64)[2]
+    found, expected = encode_values(v), values_in_torch(v)
+    assert torch.equal(found.exponents, expected.exponents)
+    assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+
+
+def test_the_same_again():
+    q, k, v = views(1, 4608, 24, 21504)
+    first = attend(q, k, v, "fp8_values")
+    assert all(torch.equal(attend(q, k, v, "fp8_values"), first) for _ in range(5))
+
+
+def test_heads_and_batches_do_not_mix():
+    q, k, v = views(2, 200, 4)
+    every = attend(q, k, v, "fp8_values")
+    for batch in range(2):
+        one = slice(batch, batch + 1)
+        assert torch.equal(attend(q[one, 1:3], k[one, 1:3], v[one, 1:3], "fp8_values"), every[one, 1:3])
+
+
+def test_a_nan_is_not_hidden():
+    for which in range(3):
+        tensors = views(1, 300, 2)
+        tensors[which][0, 1, 17, 5] = torch.nan
+        y = attend(*tensors, "fp8_values")
+        assert y[0, 0].isfinite().all()
+        assert y[0, 1].isnan().any()
+
+
+def test_memory_that_is_reused_is_described_anew():
+    """Another layout at the same address, and other values there."""
+    buffer = torch.randn(1, 512, 3 * 4 * HEAD, device="cuda").bfloat16()
+    for heads, tokens in ((4, 512), (2, 512), (4, 300)):
+        parts = buffer[:, :tokens, : 3 * heads * HEAD].unflatten(-1, (3, heads, HEAD)).permute(2, 0, 3, 1, 4)
+        assert_right(*parts)
+        buffer.normal_()
+        assert_right(*parts)
+
+
+def test_an_address_that_the_copy_engine_cannot_take():
+    buffer = torch.zeros(8 * 3 * HEAD + 4, device="cuda", dtype=torch.bfloat16)[4:]
+    q, k, v = buffer.view(1, 8, 3, 1, HEAD).permute(2, 0, 3, 1, 4)
+    with pytest.raises(InvalidOptionError, match="begins 8 bytes"):
+        attend(q, k, v, "fp8_values")
+
+
+# ways of calling ------------------------------------------------------------------------------------------------------
+
+
+def test_the_operator_does_what_a_launch_does():
+    q, k, v = views(2, 333, 3)
+    direct = attend_fp8_values(q, k, v)
+    with torch.enable_grad():
+        through = attend_fp8_values(q, k, v)
+    assert torch.equal(through, direct)
+    assert through.stride() == direct.stride()
+
+
+def test_the_operator_keeps_what_it_promises():
+    torch.library.opcheck(torch.ops.gossamer.attend_fp8_values.default, tuple(views(1, 200, 2)))
+
+
+def test_it_compiles_as_one_graph():
+    q, k, v = views(1, 333, 2)
+    compiled = torch.compile(lambda *given: attend(*given, "fp8_values") * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), attend(q, k, v, "fp8_values") * 2)
+
+
+def test_a_graph_replays_it():
+    q, k, v = views(1, 640, 4)
+    attend(q, k, v, "fp8_values")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = attend(q, k, v, "fp8_values")
+    for _ in range(2):
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        assert torch.equal(y, attend(q, k, v, "fp8_values"))
+
+
+def test_two_streams_at_once():
+    kinds = [views(1, 1024, 8), views(1, 1024, 8, width=21504)]
+    expected = [attend(*each, "fp8_values") for each in kinds]
+    streams = [torch.cuda.Stream() for _ in kinds]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream, each in zip(streams, kinds, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(attend(*each, "fp8_values"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, expected[place % 2]) for place, one in enumerate(found))
+
+
+def test_a_new_length_compiles_nothing():
+    from gossamer.kernels.attention_fp8_kernel import attention_fp8_kernel
+
+    attend(*views(1, 256, 2), "fp8_values")
+    device = torch.cuda.current_device()
+    variants = len(attention_fp8_kernel.device_caches[device][0])
+    for batch, tokens, heads in ((1, 1, 1), (2, 16, 3), (1, 1031, 24), (1, 4608, 24)):
+        attend(*views(batch, tokens, heads), "fp8_values")
+    assert len(attention_fp8_kernel.device_caches[device][0]) == variants
