@@ -1,0 +1,198 @@
+"""Blocks that take turns in device memory, copied there ahead of their use.
+
+Each block has one range of a buffer for good (see `offload_layout.ring`), so its weights always come to the same
+address. A copy into a range waits, on the device, until the blocks that had bytes there were used; a block waits until
+its own bytes are there. Blocks that stay have memory of their own and are copied once.
+
+    block i     arrive: its copy is waited for      compute      depart: the end of its use is marked
+    copies      everything that the schedule expects, soonest first, as far as ranges are free of what comes sooner
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from gossamer.errors import GossamerError
+from gossamer.memory.offload_copier import Copier, Mark
+from gossamer.memory.offload_feed import Arrival, Feed
+from gossamer.memory.offload_layout import ring
+from gossamer.memory.offload_schedule import Schedule
+from gossamer.memory.offload_station import Station
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Which blocks stay on the device, and how many others its buffer is for."""
+
+    resident: frozenset[int]
+    slots: int
+
+    def buffer_bytes(self, sizes: Mapping[int, int]) -> int:
+        """Of the buffer that the others share: `slots` of the largest, or all of them where that is less."""
+        streamed = [size for index, size in sizes.items() if index not in self.resident]
+        return min(self.slots * max(streamed, default=0), sum(streamed))
+
+    def device_bytes(self, sizes: Mapping[int, int]) -> int:
+        """Of the buffer and of the blocks that stay."""
+        return self.buffer_bytes(sizes) + sum(size for index, size in sizes.items() if index in self.resident)
+
+    def ranges(self, sizes: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """Where in the buffer each block that does not stay has its bytes."""
+        streamed = {index: size for index, size in sizes.items() if index not in self.resident}
+        return dict(zip(streamed, ring(list(streamed.values()), self.buffer_bytes(sizes)), strict=True))
+
+
+@dataclass(eq=False)
+class Held:
+    """A block whose bytes are in its place, or on their way; `arrival` until it was waited for."""
+
+    arrival: Arrival | None
+    used: Mark = None
+    in_use: bool = False
+
+
+class Carousel:
+    """The device memory of stations, by the index of their blocks; it opens when the first one is asked for.
+
+    Blocks without a station are none of its business. It closes when the schedule expects no more of its own.
+    """
+
+    def __init__(
+        self,
+        stations: Mapping[int, Station],
+        arrangement: Arrangement,
+        schedule: Schedule,
+        copier: Copier,
+        feed: Feed,
+    ) -> None:
+        self._stations = dict(stations)
+        self._sizes = {index: station.nbytes for index, station in self._stations.items()}
+        self._arrangement = arrangement
+        self._schedule = schedule
+        self._copier = copier
+        self._feed = feed
+        self._ranges = arrangement.ranges(self._sizes)
+        self._memory: dict[int, torch.Tensor] = {}
+        self._free_from: Mark = None
+        self._held: dict[int, Held] = {}
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that it takes while it is open."""
+        return self._arrangement.device_bytes(self._sizes)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of all blocks that do not stay; none where the buffer holds them all."""
+        streamed = sum(self._sizes[index] for index in self._ranges)
+        return 0 if streamed == self._arrangement.buffer_bytes(self._sizes) else streamed
+
+    # what the seam calls ----------------------------------------------------------------------------------------------
+
+    def arrive(self, index: int) -> None:
+        """Have a block's bytes on the device before anything that is queued from now on."""
+        if index not in self._stations:
+            return
+        if not self._memory:
+            self._open()
+        if not self._waited_for(index):  # what failed while nobody needed it is tried again, now that it is needed
+            self._start(index)
+            held = self._held.pop(index)  # and is not held if it fails again
+            assert held.arrival is not None
+            held.arrival.hold()
+            self._held[index] = Held(None)
+        held = self._held[index]
+        held.in_use = True
+        self._stations[index].slot.filled = True
+        self._prefetch(index)
+
+    def _waited_for(self, index: int) -> bool:
+        """Wait for a copy that was begun ahead; whether there was one and it succeeded."""
+        held = self._held.get(index)
+        if held is None or held.arrival is None:
+            return held is not None
+        try:
+            held.arrival.hold()
+        except GossamerError:
+            del self._held[index]
+            return False
+        held.arrival = None
+        return True
+
+    def depart(self, index: int) -> None:
+        """All uses of the block were queued; nothing happens for one that could not arrive."""
+        held = self._held.get(index)
+        if held is None or not held.in_use:
+            return
+        held.in_use = False
+        if index in self._ranges:
+            self._stations[index].slot.filled = False
+            held.used = self._copier.reached()
+        if next(self._expected(index), None) is None:
+            self.close()
+        else:
+            self._prefetch(index)
+
+    # memory -----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give the device memory back, once all copies into it are done."""
+        for held in self._held.values():
+            if held.arrival is not None:
+                with suppress(GossamerError):  # nobody will read what could not be fetched
+                    held.arrival.hold()
+        self._held.clear()
+        for station in self._stations.values():
+            station.vacate()
+        self._memory.clear()
+
+    def _open(self) -> None:
+        """Take the memory. Copies begin when the device is done with what had the memory before."""
+        device = next(iter(self._stations.values())).slot.device
+        with torch.inference_mode(False):
+            shared = torch.empty(self._arrangement.buffer_bytes(self._sizes), dtype=torch.uint8, device=device)
+            for index, size in self._sizes.items():
+                place = self._ranges.get(index)
+                own = torch.empty(size, dtype=torch.uint8, device=device) if place is None else shared[slice(*place)]
+                self._memory[index] = own
+        for index, station in self._stations.items():
+            station.occupy(self._memory[index])
+        self._free_from = self._copier.reached()
+
+    # copies -----------------------------------------------------------------------------------------------------------
+
+    def _expected(self, index: int) -> Iterator[int]:
+        return (expected for expected in self._schedule(index) if expected in self._stations)
+
+    def _prefetch(self, index: int) -> None:
+        """Begin the copies that are expected next, up to the first that has to wait for a block still to be used."""
+        if len(self._held) == len(self._stations):
+            return
+        sooner: set[int] = set()
+        for expected in self._expected(index):
+            if expected not in self._held:
+                if any(other in sooner or self._held[other].in_use for other in self._in_the_way(expected)):
+                    return
+                self._start(expected)
+            sooner.add(expected)
+
+    def _start(self, index: int) -> None:
+        """Begin a block's copy. What lies in its range is lost, once it was used."""
+        after = [self._free_from]
+        for other in self._in_the_way(index):
+            used = self._held.pop(other).used
+            if used is not None:
+                after.append(used)
+        self._held[index] = Held(self._feed.start(self._stations[index].home, self._memory[index], after))
+
+    def _in_the_way(self, index: int) -> list[int]:
+        """Blocks with bytes in the range of this one."""
+        if index not in self._ranges:
+            return []
+        start, stop = self._ranges[index]
+        ranges = ((other, self._ranges[other]) for other in self._held if other in self._ranges)
+        return [other for other, (first, last) in ranges if first < stop and start < last]
