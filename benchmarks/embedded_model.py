@@ -41,7 +41,7 @@ from gossamer.formats import find_format
 from gossamer.models.flux import from_diffusers
 from gossamer.models.swap import quantize, weight_bytes
 from gossamer.pipeline.components import StorageChoice, load_components, pick_device, storage_plan
-from gossamer.pipeline.folder import ModelFolder, component_hashes, open_folder
+from gossamer.pipeline.model import Model, open_folder
 from gossamer.pipeline.quiet import quiet_loading
 
 REFERENCE = "fp32"
@@ -58,7 +58,7 @@ class Bench:
     """Everything that the rows share. `parts` lacks the transformer; `transformer` is unpacked, float32, on the CPU."""
 
     device: torch.device
-    folder: ModelFolder
+    model: Model
     parts: Mapping[str, Any]
     transformer: Any
     adapters: Mapping[str, Adapter]
@@ -69,7 +69,7 @@ class Bench:
     def packed(self, storage: str) -> Any:
         """A copy of the transformer on the device, its linears stored as `gossamer.load` would store them."""
         transformer = copy.deepcopy(self.transformer)
-        plan = storage_plan(StorageChoice(storage, REFERENCE), self.folder.stored["transformer"])
+        plan = storage_plan(StorageChoice(storage, REFERENCE), self.model.stored["transformer"])
         quantize(transformer, plan, compute=torch.float32)
         return transformer.to(self.device)
 
@@ -107,22 +107,22 @@ def set_up(arguments: argparse.Namespace) -> Bench:
     device = pick_device(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    folder = open_folder(arguments.model)
-    text = folder.stored["text_encoder_2"]
-    parts = dict(load_components(folder, StorageChoice(REFERENCE, text), torch.device("cpu")).parts)
+    model = open_folder(arguments.model)
+    text = model.stored["text_encoder_2"]
+    parts = dict(load_components(model, StorageChoice(REFERENCE, text), torch.device("cpu")).parts)
     del parts["transformer"]
     for name in ("vae", "text_encoder", "text_encoder_2"):
         parts[name].to(device)
     batch = arguments.batch or (100 if device.type == "cuda" else 4)
     return Bench(
         device=device,
-        folder=folder,
+        model=model,
         parts=parts,
-        transformer=load_transformer(folder.path / "transformer"),
-        adapters=load_adapters(arguments.adapters, folder),
+        transformer=load_transformer(model.homes["transformer"]),
+        adapters=load_adapters(arguments.adapters, model),
         reader=load_reader().to(device),
         captions=held_out_captions(arguments.captions),
-        settings=BatchSettings(batch, max_sequence_length=folder.profile.max_sequence_length),
+        settings=BatchSettings(batch, max_sequence_length=model.profile.max_sequence_length),
     )
 
 
@@ -137,7 +137,7 @@ def load_transformer(path: Path) -> Any:
     return from_diffusers(model).eval().requires_grad_(False)
 
 
-def load_adapters(folder: Path | None, model: ModelFolder) -> dict[str, Adapter]:
+def load_adapters(folder: Path | None, model: Model) -> dict[str, Adapter]:
     """The bundled adapters, or those of the same names in another folder."""
     paths = adapter_paths() if folder is None else {path.stem: path for path in folder.glob("*.safetensors")}
     missing = [name for name in (*STYLES, CONTROL) if name not in paths]
@@ -292,9 +292,9 @@ def describe(bench: Bench) -> dict[str, Any]:
             "max_sequence_length": usual.max_sequence_length,
             "batch": usual.batch,
             "compute": "float32 in every row, TF32 off, on every device; pictures are compared before 8-bit rounding",
-            "text_storage": bench.folder.stored["text_encoder_2"],
+            "text_storage": bench.model.stored["text_encoder_2"],
             "weight_bytes": "whole transformer in memory, its biases and norm scales in float32",
-            "model_sha256": component_hashes(bench.folder.path),
+            "model_sha256": bench.model.hashes(),
             "adapters_sha256": {name: adapter.sha256 for name, adapter in bench.adapters.items()},
         },
     }

@@ -103,7 +103,8 @@ class Subject:
             return 0.0
         inputs = self.inputs
         pooled, dtype = inputs["pooled_projections"], inputs["hidden_states"].dtype
-        whole = self.prepass.whole_run(Conditions(inputs["timestep"], inputs["guidance"], pooled, dtype))
+        given = Conditions(inputs["timestep"], inputs["guidance"], pooled, dtype)
+        whole = self.prepass.conditions(given, range(RUN_STEPS))
         vectors = partial(modulate, self.model, whole)
         return measure(lambda: vectors().out.scale, self.bench.work.device, self.bench.repeats, 0).median_ms
 

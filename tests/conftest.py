@@ -14,7 +14,7 @@ from gossamer.adapters import Adapter, LowRankTerm, write_adapter
 from gossamer.demo.embedded import model_folder
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 from gossamer.pipeline import loras
-from gossamer.pipeline.folder import open_folder
+from gossamer.pipeline.model import open_folder
 
 if not torch.cuda.is_available():
     # read when Triton is first imported, which no module does before this line

@@ -17,6 +17,7 @@ ROWS = (
     "layers",
     "models",
     "adapters",
+    "memory",
     "demo",
     "pipeline",
     "bench",

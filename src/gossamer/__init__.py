@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.errors import GossamerError
     from gossamer.models.swap import QuantizeReport, linear_layers, quantize, weight_bytes
-    from gossamer.pipeline.load import load, optimize
+    from gossamer.pipeline.load import load, load_transformer, optimize
     from gossamer.pipeline.options import PaintOptions
     from gossamer.pipeline.painter import Painting, Pipeline
     from gossamer.pipeline.picture import save
@@ -33,6 +33,7 @@ _HOMES = {
     "__version__": ("gossamer.pipeline.versions", "VERSION"),
     "linear_layers": ("gossamer.models.swap", "linear_layers"),
     "load": ("gossamer.pipeline.load", "load"),
+    "load_transformer": ("gossamer.pipeline.load", "load_transformer"),
     "optimize": ("gossamer.pipeline.load", "optimize"),
     "quantize": ("gossamer.models.swap", "quantize"),
     "rerun": ("gossamer.pipeline.rerun", "rerun"),
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "linear_layers",
     "load",
+    "load_transformer",
     "optimize",
     "quantize",
     "rerun",

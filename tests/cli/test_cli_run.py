@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import save_file
 
 from gossamer.adapters import Adapter, LowRankTerm, write_adapter
 from gossamer.cli.main import main
 from gossamer.demo.embedded import model_folder
-from gossamer.models.flux_spec import FluxSpec
+from gossamer.models.flux_spec import FluxSpec, linear_shapes
 from gossamer.pipeline import load, painter, rerun
 from gossamer.pipeline.picture import read_picture
 
@@ -37,7 +40,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 def loaded_once(pipe, monkeypatch):
     """The runs of a test share the one loaded model; they still check, paint, write and report by themselves."""
 
-    def assemble(prepared):
+    def assemble(prepared, tell=None):
         for name in pipe.adapters:
             pipe.detach(name)
         for named in prepared.adapters:
@@ -109,6 +112,15 @@ def test_an_interrupted_process_leaves_whole_pictures_only(elsewhere):
     assert all(read_picture(elsewhere / "made" / name).recipe.prompt == "a cone" for name in made)
 
 
+def test_an_adapter_that_the_hub_cannot_hand_out(elsewhere, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(elsewhere.parent / "hub"))
+    assert main(["run", "x", "--lora", "owner/name/ink.safetensors:0.5"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error[file-missing]: Nothing of 'owner/name/ink.safetensors' at 'main'")
+    assert len(told.splitlines()) == 3
+
+
 def test_a_model_that_the_hub_cannot_hand_out(elsewhere):
     done = gossamer("run", "x", "--model", "owner/name", HF_HUB_OFFLINE="1", HF_HOME=str(elsewhere.parent / "hub"))
     assert done.returncode == 2
@@ -128,6 +140,55 @@ def test_what_json_says(loaded_once, bundled, capsys):
     assert first["kept_layers"]["proj_out"] == "bf16"
     assert first["seconds_per_step"] > 0
     assert first["pixels_sha256"] == read_picture(first["path"]).pixels_sha256 != second["pixels_sha256"]
+
+
+def test_what_is_said_of_each_adapter(loaded_once, bundled, capsys):
+    argv = ["a cone", *QUICK, "--storage", "nf4", "--lora", "pencil:0.5@0.5-1"]
+    assert main(["run", *argv]) == 0
+    told = capsys.readouterr().err.splitlines()
+    linears = sum(name.endswith(("attn.to_q", "proj_mlp")) for name in linear_shapes(loaded_once._adapters.spec))
+    expected = (
+        f"pencil: {linears} linears of the transformer, rank 4, spelling diffusers, scale 0.5, step 2 of 2 (0.5-1)"
+    )
+    assert expected in told
+    assert read_picture("outputs/a-cone-0.png").recipe.adapters[0].start == 0.5
+    assert main(["rerun", "outputs/a-cone-0.png"]) == 0
+    assert expected in capsys.readouterr().err.splitlines()
+
+
+def test_adapters_in_json(loaded_once, bundled, capsys, embedded_spec):
+    line_map(64).save("guide.png")
+    down, up = torch.ones(2, embedded_spec.width) * 0.1, torch.ones(embedded_spec.width, 2) * 0.1
+    stem = "transformer.transformer_blocks.0.attn.to_k"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    tensors |= {f"{stem}.lora_magnitude_vector": torch.ones(embedded_spec.width)}
+    save_file(tensors | {"bundle_emb.word.clip_l": torch.ones(1, 8)}, "dora.safetensors")
+    argv = ["a cone", "--control", "guide.png", "--lora", "dora.safetensors:0.8@0-0.5", "--output", "x.png"]
+    document = run_json(capsys, *argv)
+    dora, edges = document["adapters"]
+    assert (dora["name"], dora["source"], dora["scale"]) == ("dora", "dora.safetensors", 0.8)
+    assert (dora["start"], dora["end"], dora["fused"]) == (0.0, 0.5, False)
+    assert (dora["modules"], dora["ranks"]) == ({"transformer": 1}, [2])
+    assert list(dora["unused"].values()) == [["bundle_emb.word.clip_l"]]
+    assert dora["merged_bytes"] == 0
+    assert dora["factor_bytes"] == sum(tensor.numel() * 4 for tensor in tensors.values())
+    assert (edges["name"], edges["spelling"], edges["end"]) == ("edges", "bfl", 1.0)
+    (picture,) = document["pictures"]
+    assert picture["adapters"] == {"dora": 0.8, "edges": 1.0}
+    assert picture["schedules"] == {"dora": [0.0, 0.5]}
+    assert run_json(capsys, *argv)["adapters"][0]["factor_bytes"] is None, "nothing had to be loaded"
+    assert main(["run", *argv, *QUICK, "--storage", "nf4", "--overwrite", "--seed", "1"]) == 0
+    told = capsys.readouterr().err
+    assert "dora.safetensors: 1 tensors have no effect, such as 'bundle_emb.word.clip_l'" in told
+    assert "dora: DoRA: 1 linears are merged anew at every call." in told
+
+
+def test_a_window_is_part_of_the_settings(loaded_once, bundled, capsys):
+    argv = ["a cone", "--output", "x.png", "--lora"]
+    run_json(capsys, *argv, "pencil@0-0.5")
+    assert run_json(capsys, *argv, "pencil:1@0-0.5")["pictures"][0]["painted"] is False
+    assert main(["run", *argv, "pencil", *QUICK, "--storage", "nf4"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_a_run_resumes_where_it_stopped(loaded_once, elsewhere, capsys, monkeypatch):
@@ -273,8 +334,6 @@ def test_rerun_never_replaces_unasked_and_says_when_pixels_differ(loaded_once, c
 def big_flux_adapter(path: Path) -> None:
     """An adapter of FLUX.1-dev's own size."""
     spec = FluxSpec(19, 38, 24, 128, 64, 64, 4096, 768, guidance_embeds=True)
-    import torch
-
     term = LowRankTerm(torch.zeros(1, 3072), torch.zeros(3072, 1))
     write_adapter(Adapter(spec, {"transformer_blocks.0.attn.to_q": term}), path)
 
@@ -315,6 +374,9 @@ BAD = {
     "scale of an adapter": (["x", "--lora", "pencil:abc"], "invalid-option", "is not a number: 'abc'"),
     "no scale of an adapter": (["x", "--lora", "pencil:"], "invalid-option", "is not a number: ''"),
     "infinite scale": (["x", "--lora", "pencil:1e999"], "invalid-option", "inf"),
+    "window of an adapter": (["x", "--lora", "pencil@0.2"], "invalid-option", "cannot be read: '0.2'"),
+    "window upside down": (["x", "--lora", "pencil@0.9-0.2"], "invalid-option", "no part of a run"),
+    "window without steps": (["x", "--lora", "pencil@0.41-0.44"], "invalid-option", "0.41 <= i/20 < 0.44"),
     "web page as adapter": (["x", "--lora", "web.safetensors"], "file-damaged", "web page"),
     "cut model": (["x", "--model", "model"], "file-damaged", "transformer"),
     "size": (["x", "--size", "250x256"], "invalid-option", "256x256"),

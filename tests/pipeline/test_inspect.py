@@ -119,7 +119,7 @@ def test_nf4_of_forge(tmp_path, nested):
         stored[".quant_state.bitsandbytes__nf4"] = ("U8", (80,))
         tensors |= {f"model.diffusion_model.{name}{ending}": entry for ending, entry in stored.items()}
     found = inspect(write(tmp_path / "nf4.safetensors", tensors))
-    assert (found.unused, found.notes, found.model) == ((), ("bitsandbytes nf4",), "FLUX.1-dev")
+    assert (found.unused, found.notes, found.model) == ((), ("bitsandbytes 4-bit",), "FLUX.1-dev")
     assert found.parameters == 11_901_408_320
 
 

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 
 from gossamer.errors import AdapterError, FileMissingError, InvalidOptionError
-from gossamer.pipeline.loras import LoraChoice, find_lora, parse_lora
+from gossamer.pipeline.loras import LoraChoice, choose_lora, find_lora, parse_lora
 from gossamer.pipeline.options import LoadOptions, PaintOptions, RunOptions, make
 from gossamer.pipeline.parse import Size, parse_seeds, parse_size
+from gossamer.pipeline.schedule import Schedule
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,77 @@ def test_the_short_name_of_a_windows_path():
     assert LoraChoice(r"C:\styles\ink.v2.safetensors").stem == "ink.v2"
 
 
-@pytest.mark.parametrize("text", ["", ":0.5", "pencil:nan", "pencil:inf"])
+@pytest.mark.parametrize(
+    ("text", "source", "scale", "start", "end"),
+    [
+        ("pencil@0.2-0.9", "pencil", 1.0, 0.2, 0.9),
+        ("pencil:0.8@0.2-0.9", "pencil", 0.8, 0.2, 0.9),
+        ("pencil:-1@0-.5", "pencil", -1.0, 0.0, 0.5),
+        ("styles/ink.safetensors:0.5@0.25-1", "styles/ink.safetensors", 0.5, 0.25, 1.0),
+        (r"C:\styles\ink.safetensors@0.5-1.0", r"C:\styles\ink.safetensors", 1.0, 0.5, 1.0),
+        (r"C:\me@home\ink.safetensors:0.5@0.5-1", r"C:\me@home\ink.safetensors", 0.5, 0.5, 1.0),
+        ("ink@2.safetensors", "ink@2.safetensors", 1.0, 0.0, 1.0),
+        ("ink@2.safetensors:0.5", "ink@2.safetensors", 0.5, 0.0, 1.0),
+        ("me@home/ink:0.5", "me@home/ink", 0.5, 0.0, 1.0),
+        ("owner/name/ink@0.2-0.9.safetensors", "owner/name/ink@0.2-0.9.safetensors", 1.0, 0.0, 1.0),
+        ("owner/name:0.5@0-0.9", "owner/name", 0.5, 0.0, 0.9),
+    ],
+)
+def test_windows(text, source, scale, start, end):
+    assert parse_lora(text) == LoraChoice(source, scale, Schedule(start, end))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "tail"),
+    [
+        ("pencil@", "pencil", ""),
+        ("pencil@abc", "pencil", "abc"),
+        ("pencil@0.2", "pencil", "0.2"),
+        ("pencil:0.5@0.2", "pencil:0.5", "0.2"),
+        ("pencil@-0.1-0.9", "pencil", "-0.1-0.9"),
+        ("pencil@0.2-0.9:0.5", "pencil", "0.2-0.9:0.5"),
+        ("pencil@0.2:0.9", "pencil", "0.2:0.9"),
+        ("pencil:0.5@0,2-0,9", "pencil:0.5", "0,2-0,9"),
+        ("ink.safetensors@20%-90%", "ink.safetensors", "20%-90%"),
+    ],
+)
+def test_windows_that_cannot_be_read(text, name, tail):
+    with pytest.raises(InvalidOptionError) as caught:
+        parse_lora(text)
+    assert caught.value.what == f"The steps in which adapter {name!r} acts cannot be read: {tail!r}."
+    assert "START-END" in caught.value.why
+    assert f"{name.partition(':')[0]}:0.8@0.2-0.9" in caught.value.next_step
+
+
+@pytest.mark.parametrize("text", ["pencil@20-90", "pencil@0.9-0.2", "pencil@0.5-0.5", "pencil@0-1.5"])
+def test_windows_that_are_no_part_of_a_run(text):
+    with pytest.raises(InvalidOptionError, match="is no part of a run"):
+        parse_lora(text)
+
+
+def test_an_existing_file_whose_name_reads_as_a_window(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ink@0.2-0.9", "ink:0.5@0.2-0.9", "me@home", "ink@0.2-0.9:0.5"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("ink@0.2-0.9", "ink:0.5@0.2-0.9", "me@home", "ink@0.2-0.9:0.5"):
+        assert parse_lora(name) == LoraChoice(name)
+        assert parse_lora(f"{name}:0.25") == LoraChoice(name, 0.25)
+        assert parse_lora(f"{name}@0.5-1") == LoraChoice(name, 1.0, Schedule(0.5, 1))
+        assert parse_lora(f"{name}:0.25@0.5-1") == LoraChoice(name, 0.25, Schedule(0.5, 1))
+        assert find_lora(LoraChoice(name)).name == name
+
+
+def test_a_source_with_numbers_beside_it():
+    assert choose_lora("pencil:0.5@0.2-0.9") == LoraChoice("pencil", 0.5, Schedule(0.2, 0.9))
+    assert choose_lora("pencil", 0.5, 0.2) == LoraChoice("pencil", 0.5, Schedule(0.2, 1))
+    assert choose_lora("pencil:0.5", end=0.2) == LoraChoice("pencil:0.5", 1.0, Schedule(0, 0.2)), "never both ways"
+    assert choose_lora(Path("x:0.5")) == LoraChoice("x:0.5")
+    choice = LoraChoice("pencil", 0.5, Schedule(0.2, 0.9))
+    assert choose_lora(choice) == choice
+    assert choose_lora(choice, end=1) == LoraChoice("pencil", 0.5, Schedule(0.2, 1))
+
+
+@pytest.mark.parametrize("text", ["", ":0.5", "pencil:nan", "pencil:inf", "@0.2-0.9", ":0.5@0.2-0.9"])
 def test_bad_loras(text):
     with pytest.raises(InvalidOptionError):
         parse_lora(text)

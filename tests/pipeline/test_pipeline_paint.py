@@ -98,11 +98,14 @@ def test_weight_bytes_shrink(pipe):
 def test_optimize_takes_a_diffusers_pipeline_as_it_is(expected):
     pipe = diffusers_pipeline()
     theirs = weakref.ref(pipe.transformer)
+    weights = {parameter.data_ptr() for parameter in pipe.text_encoder_2.parameters()}
     taken = gossamer.optimize(pipe, storage="fp32")
     assert isinstance(pipe.transformer, FluxTransformer)
     assert theirs() is None, "the original would keep every unpacked weight alive"
     assert isinstance(pipe.transformer.proj_out, QuantLinear)
-    assert not gossamer.linear_layers(pipe.text_encoder_2)
+    linears = gossamer.linear_layers(pipe.text_encoder_2).values()
+    assert linears, "adapters with terms for it attach"
+    assert all(layer.packed.tensors["values"].data_ptr() in weights for layer in linears), "not a copy"
     assert (pixels(taken(PROMPT, seed=3, **QUICK)) == expected).all()
 
 
@@ -125,6 +128,15 @@ def test_optimize_equals_load():
     assert gossamer.linear_layers(pipe.text_encoder_2)
     loaded = gossamer.load(storage="nf4", text_storage="int8")
     assert (pixels(taken(PROMPT, seed=3, **QUICK)) == pixels(loaded(PROMPT, seed=3, **QUICK))).all()
+
+
+def test_optimize_leaves_text_encoders_that_were_quantised_before():
+    pipe = diffusers_pipeline()
+    gossamer.quantize(pipe.text_encoder_2, "int8")
+    before = dict(gossamer.linear_layers(pipe.text_encoder_2))
+    gossamer.optimize(pipe, storage="nf4")
+    assert gossamer.linear_layers(pipe.text_encoder_2) == before
+    assert gossamer.linear_layers(pipe.text_encoder)
 
 
 def test_optimize_refuses_a_pipeline_with_peft_adapters():

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import gossamer
-from gossamer.adapters import write_adapter
+from gossamer.adapters import read_adapter, write_adapter
 from gossamer.errors import FileDamagedError, FileMissingError, InvalidOptionError, NotReproducibleError, OutputError
 from gossamer.pipeline.options import PaintOptions, RunOptions
 from gossamer.pipeline.outputs import Job, divide, plan_jobs, read_prompts, slug
@@ -190,9 +190,8 @@ def test_rerun_notices_another_adapter(pipe, tmp_path, embedded_spec, adapter_fi
     try:
         file = save(pipe("a cone", steps=1, size=SMALL), tmp_path / "picture.png")
     finally:
-        adapter = pipe._adapters["mine"].adapter
         pipe.detach("mine")
-    write_adapter(adapter, mine, "kohya", {})
+    write_adapter(read_adapter(mine, embedded_spec), mine, "kohya", {})
     with pytest.raises(NotReproducibleError, match="mine"):
         gossamer.rerun(file)
     mine.unlink()

@@ -9,10 +9,11 @@ import torch
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 from safetensors.torch import save
 
+from gossamer.checkpoints.safetensors_file import read_header
 from gossamer.demo.embedded import model_folder
 from gossamer.errors import FileDamagedError, FileMissingError, InvalidOptionError, OutputError, WrongModelError
 from gossamer.pipeline import pull, transfer
-from gossamer.pipeline.folder import open_folder
+from gossamer.pipeline.model import open_folder
 from gossamer.pipeline.pull import Target, fetch, parse_target, plan_pull
 from gossamer.pipeline.sources import HubCache, find_source
 from gossamer.pipeline.transfer import Watcher
@@ -38,9 +39,12 @@ NOT_NEEDED = dict.fromkeys(
 )
 
 
-def weights(rows: int) -> bytes:
+def weights(name: str, rows: int) -> bytes:
+    """The tensors of a file of the embedded model, all but the first of them tiny: a pull checks names, not shapes."""
     generator = torch.Generator().manual_seed(rows)
-    return save({"weight": torch.randn(rows, 512, generator=generator).to(torch.bfloat16)})
+    first, *others = read_header(model_folder() / name).tensors
+    tensors = {first: torch.randn(rows, 512, generator=generator).to(torch.bfloat16)}
+    return save(tensors | {other: torch.zeros(1, 2, dtype=torch.bfloat16) for other in others})
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +55,7 @@ def needed() -> dict[str, bytes]:
     files = {name: (folder / name).read_bytes() for name in names if not name.endswith(".safetensors")}
     weight_names = [name for name in names if name.endswith(".safetensors")]
     assert set(SHARDS) < set(weight_names)
-    return files | {name: weights(300 + 10 * number) for number, name in enumerate(weight_names)}
+    return files | {name: weights(name, 300 + 10 * number) for number, name in enumerate(weight_names)}
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def test_a_rerun_fetches_nothing_and_the_model_is_found(hub, monkeypatch):
     assert find_source(MODEL).fetch() == plan.path, "a pulled model is used as it is"
     assert hub.asked == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert open_folder(find_source(MODEL).fetch()).path == plan.path
+    assert open_folder(find_source(MODEL).fetch()).homes["vae"] == plan.path / "vae"
 
 
 def test_other_programs_find_the_files(hub):
@@ -152,7 +156,7 @@ def test_a_single_file(hub):
 def test_an_unfinished_update_leaves_the_old_model_in_use(hub):
     old = plan_pull(MODEL)
     fetch(old)
-    hub.commit, hub.files[SHARD] = "f" * 40, weights(17)
+    hub.commit, hub.files[SHARD] = "f" * 40, weights(SHARD, 17)
     new = plan_pull(MODEL)
     with pytest.raises(KeyboardInterrupt):
         fetch(new, Counter(stop_after=1000))

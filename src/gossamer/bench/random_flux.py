@@ -131,8 +131,7 @@ def _adapter(work: Workload, place: int, rank: int) -> Adapter:
 
 def adapter_bytes(adapters: Sequence[Adapter]) -> int:
     """Bytes of all factors."""
-    terms = [term for adapter in adapters for term in adapter.terms.values()]
-    return sum(factor.numel() * factor.element_size() for term in terms for factor in (term.down, term.up))
+    return sum(term.nbytes for adapter in adapters for term in adapter.terms.values())
 
 
 # one step -------------------------------------------------------------------------------------------------------------
@@ -174,6 +173,7 @@ def reference(work: Workload, kind: str) -> torch.Tensor:
     with _full_float32():
         for adapter in random_adapters(work, kind):
             for name, term in adapter.terms.items():
+                assert isinstance(term, LowRankTerm)  # as `_adapter` makes them
                 model.get_parameter(f"{name}.weight").addmm_(term.up.float(), term.down.float())
         result: torch.Tensor = model(**step_inputs(work, torch.float32), return_dict=False)[0]
     return result

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gossamer.errors import GossamerError
+
+if TYPE_CHECKING:
+    from gossamer.adapters.cost import Cost
+    from gossamer.pipeline.adapter_report import AdapterReport
 
 
 def wants_json(argv: Sequence[str]) -> bool:
@@ -37,6 +41,21 @@ def print_error(error: GossamerError, as_json: bool) -> None:
 def note(text: str) -> None:
     """A remark on stderr."""
     print(text, file=sys.stderr)
+
+
+def note_adapters(reports: Iterable[AdapterReport], steps: int) -> None:
+    """What each adapter of a run of so many steps is, and what of its file has no effect."""
+    for report in reports:
+        for line in (report.line(steps), *report.unused_lines()):
+            note(line)
+
+
+def note_costs(costs: Mapping[str, Cost]) -> None:
+    """The adapters that cost more than their factors: memory, or time at every call."""
+    for name, cost in costs.items():
+        if cost.reason:
+            memory = f" ({cost.merged_bytes / 1e6:.1f} MB)" if cost.merged_bytes else ""
+            note(f"{name}: {cost.reason}{memory}")
 
 
 class Bar:

@@ -27,6 +27,7 @@ def add_to(verbs: Any) -> None:
     parser.add_argument(
         "--compute", default="auto", metavar="WISH", help="auto, exact, fp8, int8, bf16, fp16 or fp32 (default: auto)"
     )
+    parser.add_argument("--attention", default="auto", metavar="WISH", help="auto or exact (default: auto)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, mps, cuda or cuda:N (default: the fastest kind)")
     parser.add_argument("--format", type=parse_choice(FORMATS), default="text", metavar="{text,json}")
     parser.set_defaults(verb=doctor)
@@ -40,7 +41,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     capability = detect(arguments.device)
     storages = storage_names() if arguments.storage is None else (arguments.storage,)
-    choices, impossible = _choose_all(capability, storages, arguments.compute)
+    choices, impossible = _choose_all(capability, storages, arguments.compute, arguments.attention)
     if arguments.format == "json":
         machine = {**asdict(capability), "chip": capability.chip}
         print_json({"machine": machine, "choices": [asdict(each) for each in choices], "impossible": impossible})
@@ -55,14 +56,16 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _choose_all(capability: Capability, storages: tuple[str, ...], wish: str) -> tuple[list[Choice], dict[str, str]]:
+def _choose_all(
+    capability: Capability, storages: tuple[str, ...], wish: str, attention: str
+) -> tuple[list[Choice], dict[str, str]]:
     """The choices, and why there is none, by storage; where there is none at all, the error itself."""
     from gossamer.kernels.choice import choose
 
     choices, impossible = [], {}
     for storage in storages:
         try:
-            choices.append(choose(capability, storage, wish))
+            choices.append(choose(capability, storage, wish, attention=attention))
         except InvalidOptionError as error:
             if storage == storages[-1] and not choices:
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from gossamer.cli import doctor, formats, inspect, pull, rerun, run
+from gossamer.cli import doctor, formats, inspect, plan, pull, rerun, run
 from gossamer.cli.arguments import Parser, parse
 from gossamer.cli.console import print_error, wants_json
 from gossamer.errors import GossamerError
@@ -37,6 +37,6 @@ def _parser() -> Parser:
     parser = Parser(prog="gossamer", description="Paints pictures with big diffusion transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gossamer {VERSION}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for verb in (run, rerun, pull, formats, inspect, doctor):
+    for verb in (run, rerun, plan, pull, formats, inspect, doctor):
         verb.add_to(verbs)
     return parser

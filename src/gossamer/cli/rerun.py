@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gossamer.cli.console import note, print_json, progress_bar
+from gossamer.cli.console import note, note_adapters, print_json, progress_bar
 from gossamer.errors import OutputError
 from gossamer.pipeline.options import LoadOptions, make
 from gossamer.pipeline.parse import FORMATS, parse_choice
@@ -33,6 +33,7 @@ def rerun(arguments: argparse.Namespace) -> int:
     picture = Path(arguments.picture)
     output = Path(arguments.output or picture.with_name(f"{picture.stem}-rerun.png"))
 
+    from gossamer.pipeline.adapter_report import report_adapter
     from gossamer.pipeline.outputs import require_place
     from gossamer.pipeline.picture import save
     from gossamer.pipeline.rerun import prepare_rerun
@@ -45,6 +46,7 @@ def rerun(arguments: argparse.Namespace) -> int:
     ready = prepare_rerun(picture, loading.device)
     for text in ready.notes:
         note(f"warning: {text}")
+    note_adapters([report_adapter(named) for named in ready.prepared.adapters], ready.options.steps)
     with progress_bar(ready.options.steps) as bar:
         result = ready.paint(bar.on_step, lambda: bar.say("Painting"))
         save(result.painting.image, output)

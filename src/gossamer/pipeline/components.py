@@ -1,34 +1,41 @@
-"""Loads the parts of a model folder one by one, each checked for totality and packed before the next one comes."""
+"""Loads the parts of a model one by one, each from the stream of its weights, straight into its storage formats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gossamer.checkpoints.checkpoint import Component
 from gossamer.errors import FileDamagedError, InvalidOptionError
 from gossamer.formats import plain
 from gossamer.kernels.detect import detect
+from gossamer.memory.placement import Placement
 from gossamer.models.execute import execute
-from gossamer.models.flux_spec import SENSITIVE
-from gossamer.models.swap import QuantizeReport, quantize, weight_bytes
-from gossamer.pipeline.folder import ModelFolder
+from gossamer.models.fill import STORED, Stream, Target, fill
+from gossamer.models.flux_spec import MODULATION, MODULATION_STORAGE, SENSITIVE, is_modulation
+from gossamer.models.swap import QuantizeReport, weight_bytes
+from gossamer.pipeline.folder import read_config
+from gossamer.pipeline.landing import landing
+from gossamer.pipeline.model import Model
 from gossamer.pipeline.quiet import quiet_loading
 
 
 @dataclass(frozen=True)
 class StorageChoice:
     """Storage formats of the transformer and of the text encoders, the transformer's linears to leave as stored, and
-    the type that its products are wished in (see `kernels.choice`)."""
+    the type that its products are wished in (see `kernels.choice`), and whether its attention is wished exact."""
 
     transformer: str
     text: str
     skip: tuple[str, ...] = ()
     compute: str = "auto"
+    attention: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -54,49 +61,83 @@ def pipeline_kinds() -> PipelineKinds:
     return PipelineKinds(FluxPipeline, FluxControlPipeline)
 
 
-def load_components(folder: ModelFolder, storage: StorageChoice, device: torch.device) -> Components:
-    """Every part on its device: float32 on a CPU, bfloat16 elsewhere; linears in their storage formats."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+def load_components(
+    model: Model, storage: StorageChoice, device: torch.device, placement: Placement | None = None
+) -> Components:
+    """Every part for a device, without kernels under it yet: float32 for a CPU, bfloat16 elsewhere; linears in their
+    storage formats. What a placement does not keep on the device stays on the host.
+    """
     pipeline_kinds()  # imported now, so that the time of the first picture is that of painting
-    with quiet_loading():
-        from gossamer.models.flux import from_diffusers
 
-        parts = _load_small(folder.path)
-        parts["vae"] = _load_model(folder.path, "vae", dtype).to(device)
+    def target(part: str, formats: Mapping[str, str]) -> Target:
+        land = landing(part, device, placement, model.spec)
+        return Target(formats, compute_type(device), land.device, land.on_host)
+
+    with quiet_loading():
+        parts = _load_small(model.homes)
+        parts["vae"] = _load_model(model, "vae", target("vae", {}))[0]
         for name in ("text_encoder", "text_encoder_2"):
-            encoder = _load_model(folder.path, name, dtype)
-            quantize(encoder, storage.text, compute=dtype)
-            parts[name] = encoder.to(device)
-        transformer: Any = from_diffusers(_load_model(folder.path, "transformer", dtype))
-        report = quantize(transformer, storage_plan(storage, folder.stored["transformer"]), compute=dtype)
-        parts["transformer"] = transformer.to(device)
-    execute_parts(parts, storage.compute)
+            parts[name] = _load_model(model, name, target(name, {"*": storage.text}))[0]
+        weights = model.weights["transformer"]
+        own = target("transformer", stored_plan(storage, weights))
+        parts["transformer"], report = load_weights(model.config, weights, own)
     return Components(parts, report)
 
 
-def execute_parts(parts: Mapping[str, Any], compute: str) -> None:
-    """Put kernels and libraries under the linears that are packed, on the device that they are on.
+def load_weights(config: Mapping[str, Any], weights: Component, target: Target) -> tuple[Any, QuantizeReport]:
+    """A transformer with its weights, without kernels under it yet."""
+    from gossamer.models.flux import FluxTransformer
 
-    On a CPU the reference is as fast as anything, so it stays unless a compute type is wished. Merged copies of weights
-    that need no decoding are kept where half of the free memory holds them.
+    known = signature(FluxTransformer.__init__).parameters
+    with torch.device("meta"):
+        transformer = FluxTransformer(**{name: value for name, value in config.items() if name in known})
+    return transformer, fill(transformer, weights.stream(), target, _place(weights))
+
+
+def compute_type(device: torch.device) -> torch.dtype:
+    """The type of everything that is not packed."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def execute_parts(parts: Mapping[str, Any], storage: StorageChoice, device: torch.device, keeps_merged: bool) -> None:
+    """Put kernels and libraries under the linears that are packed, for the device that they run on.
+
+    On a CPU the reference is as fast as anything, so it stays unless a compute type is wished. `keeps_merged` spends
+    memory on merged copies of weights that need no decoding, while adapters are attached.
     """
     from gossamer.models.flux import prepare
 
-    transformer = parts["transformer"]
-    device = transformer.device
-    if device.type == "cpu" and compute == "auto":
+    if device.type == "cpu" and storage.compute == "auto":
         return
     capability = detect(device)
     for name in ("text_encoder", "text_encoder_2"):
-        execute(parts[name], capability)
-    roomy = device.type == "cuda" and 2 * weight_bytes(transformer) < torch.cuda.mem_get_info(device)[0]
-    prepare(transformer, compute, capability, keeps_merged=roomy)
+        if name in parts:
+            execute(parts[name], capability)
+    prepare(parts["transformer"], storage.compute, capability, keeps_merged, attention=storage.attention)
 
 
-def storage_plan(storage: StorageChoice, stored: str) -> dict[str, str]:
-    """Format by pattern of layer name: what is skipped, and the sensitive layers of a quantised model, as stored."""
-    sensitive = () if storage.transformer in plain.DTYPES else SENSITIVE
-    return {**dict.fromkeys((*storage.skip, *sensitive), stored), "*": storage.transformer}
+def has_room_for_copies(transformer: Any, device: torch.device) -> bool:
+    """Whether half of the memory that is free beside the weights holds another copy of them."""
+    return device.type == "cuda" and 2 * weight_bytes(transformer) < torch.cuda.mem_get_info(device)[0]
+
+
+def storage_plan(storage: StorageChoice, stored: str, modulation: str = MODULATION_STORAGE) -> dict[str, str]:
+    """Format by pattern of layer name; the first pattern that fits counts.
+
+    What is skipped, and the sensitive layers of a quantised model, stay as stored; its modulation is in a format of its
+    own.
+    """
+    skipped = dict.fromkeys(storage.skip, stored)
+    if storage.transformer in (*plain.DTYPES, STORED):
+        return {**skipped, "*": storage.transformer}
+    return {**skipped, **dict.fromkeys(SENSITIVE, stored), MODULATION: modulation, "*": storage.transformer}
+
+
+def stored_plan(storage: StorageChoice, weights: Component) -> dict[str, str]:
+    """The plan for weights from files. Modulation that is quantised there stays as it is: nothing would be gained."""
+    kinds = weights.storage().items()
+    found = {kind for name, kind in kinds if is_modulation(name.removesuffix(".weight"))}
+    return storage_plan(storage, STORED, MODULATION_STORAGE if found <= set(plain.DTYPES) else STORED)
 
 
 def plain_name(dtype: torch.dtype) -> str:
@@ -131,50 +172,58 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _load_small(path: Path) -> dict[str, Any]:
+def _load_small(homes: Mapping[str, Path]) -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import CLIPTokenizer, T5TokenizerFast  # type: ignore[attr-defined]
 
     kinds = {"scheduler": FlowMatchEulerDiscreteScheduler, "tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
-    return {name: _load(path / name, kind, {}) for name, kind in kinds.items()}
+    return {name: _from_folder(homes[name], kind) for name, kind in kinds.items()}
 
 
-def _load_model(path: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """A model with every tensor of its files used and every tensor of its own found."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextModel, T5EncoderModel
-
-    own = {"torch_dtype": dtype}
-    kind, dtype_option = {
-        "vae": (AutoencoderKL, own),
-        "transformer": (FluxTransformer2DModel, own),
-        "text_encoder": (CLIPTextModel, {"dtype": dtype}),
-        "text_encoder_2": (T5EncoderModel, {"dtype": dtype}),
-    }[name]
-    # sizes that do not fit are reported below instead of raised by the libraries, each in its own way
-    options = {**dtype_option, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _load(path / name, kind, options)
-    faults = [
-        f"{key.replace('_', ' ')}: {', '.join(sorted(map(str, info[key]))[:5])}"
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        if info.get(key)
-    ]
-    if faults:
-        raise FileDamagedError(
-            f"The weights in {str(path / name)!r} do not fit the model that its config describes.",
-            "; ".join(faults) + ".",
-            "Download the model again, or choose the folder of a FLUX.1 model.",
-        )
-    ready: nn.Module = model.eval().requires_grad_(False)
-    return ready
+def _load_model(model: Model, name: str, target: Target) -> tuple[Any, QuantizeReport]:
+    """A part with every tensor of its files used and every tensor of its own found."""
+    with torch.device("meta"):
+        module = _build(model.homes[name], name)
+    weights = model.weights[name]
+    return module, fill(module, _named_as_in(module, weights.stream()), target, _place(weights))
 
 
-def _load(path: Path, kind: Any, options: dict[str, Any]) -> Any:
+def _build(home: Path, name: str) -> Any:
+    """A text encoder or an autoencoder as its config describes it, without values."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    config = {key: value for key, value in read_config(home).items() if key != "quantization_config"}
     try:
-        return kind.from_pretrained(path, local_files_only=True, **options)
+        if name == "vae":
+            return AutoencoderKL.from_config(config)
+        if name == "text_encoder":
+            return CLIPTextModel(CLIPTextConfig.from_dict(config))
+        return T5EncoderModel(T5Config.from_dict(config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unusable(home, name, error) from error
+
+
+def _named_as_in(module: nn.Module, stream: Stream) -> Stream:
+    """The names of files as the installed library calls them: transformers 5 has no `text_model.` in CLIP."""
+    shorter = not hasattr(module, "text_model")
+    return ((name.removeprefix("text_model.") if shorter else name, value) for name, value in stream)
+
+
+def _place(weights: Component) -> str:
+    return f"{str(weights.source.files[0])!r}"
+
+
+def _from_folder(path: Path, kind: Any) -> Any:
+    try:
+        return kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileDamagedError(
-            f"{str(path)!r} cannot be loaded as a {kind.__name__}.",
-            f"The library says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
-            "Download the model again, or choose the folder of a FLUX.1 model.",
-        ) from error
+        raise _unusable(path, kind.__name__, error) from error
+
+
+def _unusable(path: Path, kind: str, error: Exception) -> FileDamagedError:
+    return FileDamagedError(
+        f"{str(path)!r} cannot be loaded as a {kind}.",
+        f"The library says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+        "Download the model again, or choose the folder of a FLUX.1 model.",
+    )

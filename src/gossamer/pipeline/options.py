@@ -12,13 +12,17 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from gossamer.errors import InvalidOptionError, UnknownOptionError
-from gossamer.kernels.wishes import WISHES
+from gossamer.kernels.wishes import ATTENTION_WISHES, WISHES
+from gossamer.memory.byte_sizes import MOST as MOST_BYTES
+from gossamer.memory.byte_sizes import parse_bytes
+from gossamer.memory.diffusers_names import find_offload
 from gossamer.pipeline.loras import LoraChoice, parse_lora
 from gossamer.pipeline.parse import CONTROL_KINDS, FORMATS, Size, parse_choice, parse_integer, parse_number, parse_seeds
 from gossamer.pipeline.parse import parse_size as _parse_size
 
 EMBEDDED = "embedded"
 STORED = "stored"
+AUTO = "auto"  # a format that the plan chooses: as stored where nothing has to be saved
 MOST_STEPS = 1000
 MOST_GUIDANCE = 1000.0
 UNDECIDED = "auto"  # the control kind that looks at the picture first
@@ -75,20 +79,28 @@ class LoadOptions:
     model: str = field(
         default=EMBEDDED,
         metadata=_argument(
-            "'embedded', a diffusers folder, or a hub id such as black-forest-labs/FLUX.1-dev", metavar="MODEL"
+            "'embedded', a diffusers folder, a checkpoint file (.safetensors, .gguf), or a hub id such as "
+            "black-forest-labs/FLUX.1-dev",
+            metavar="MODEL",
+        ),
+    )
+    base: str | None = field(
+        default=None,
+        metadata=_argument(
+            "where the parts come from that MODEL lacks: 'embedded', a diffusers folder or a hub id", metavar="MODEL"
         ),
     )
     storage: str = field(
-        default=STORED,
+        default=AUTO,
         metadata=_argument(
-            "storage format of the transformer's linears; 'stored': the type in the files", metavar="FORMAT"
+            "storage format of the transformer's linears; 'stored': as the files have it; 'auto': the same, or what "
+            "the plan chooses for --vram, or where that does not fit",
+            metavar="FORMAT",
         ),
     )
     text_storage: str = field(
-        default=STORED,
-        metadata=_argument(
-            "storage format of the text encoders' linears; 'stored': the type in the files", metavar="FORMAT"
-        ),
+        default=AUTO,
+        metadata=_argument("storage format of the text encoders' linears, likewise", metavar="FORMAT"),
     )
     skip: tuple[str, ...] = field(
         default=(),
@@ -104,12 +116,20 @@ class LoadOptions:
             metavar="WISH",
         ),
     )
+    attention: str = field(
+        default="auto",
+        metadata=_argument(
+            "'exact', or 'auto': beside fp8 products, probabilities and values in eight bits where that is faster",
+            parse_choice(ATTENTION_WISHES),
+            metavar="WISH",
+        ),
+    )
     loras: tuple[LoraChoice, ...] = field(
         default=(),
         metadata=_argument(
-            "adapter to attach: a bundled name or a file",
+            "adapter to attach: a bundled name, a file or a hub id; with a window it acts in a part of the steps",
             parse_lora,
-            "NAME_OR_FILE[:SCALE]",
+            "NAME_OR_FILE[:SCALE][@START-END]",
             form="many",
             flag="lora",
         ),
@@ -119,10 +139,41 @@ class LoadOptions:
         metadata=_argument("'cpu', 'cuda', 'cuda:1'; 'auto': CUDA where there is one, else the CPU", metavar="DEVICE"),
     )
 
+    vram: int | None = field(
+        default=None,
+        metadata=_argument(
+            "GPU memory that this run may take, the driver's part included: 6GB, 6GiB, 5.5G (default: what is free)",
+            parse_bytes,
+            "SIZE",
+        ),
+    )
+    ram: int | None = field(
+        default=None,
+        metadata=_argument("host memory of the machine, to plan with (default: what is free)", parse_bytes, "SIZE"),
+    )
+    offload: str = field(
+        default="auto",
+        metadata=_argument("auto, none, model, sequential or group, in diffusers' words; see plan", metavar="NAME"),
+    )
+    least_fidelity: str = field(
+        default="good",
+        metadata=_argument(
+            "what the plan may choose from: exact, high, good or any, or the coarsest format to accept", metavar="LEVEL"
+        ),
+    )
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))
+        object.__setattr__(self, "base", None if self.base is None else str(self.base))
         _require(bool(self.model.strip()), "model", self.model, "a model has a name", "Leave it out for 'embedded'.")
         _require(self.compute in WISHES, "compute", self.compute, f"it is one of {', '.join(WISHES)}", "Use 'auto'.")
+        wishes = f"it is one of {', '.join(ATTENTION_WISHES)}"
+        _require(self.attention in ATTENTION_WISHES, "attention", self.attention, wishes, "Use 'auto'.")
+        object.__setattr__(self, "offload", find_offload(self.offload).name)
+        for name in ("vram", "ram"):
+            size = getattr(self, name)
+            known = size is None or (isinstance(size, int) and not isinstance(size, bool) and 0 < size <= MOST_BYTES)
+            _require(known, name, size, "it is a number of bytes, or a text with a unit", "Write it like '6GB'.")
 
 
 @dataclass(frozen=True)

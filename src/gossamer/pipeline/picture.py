@@ -79,6 +79,9 @@ def parameters_text(recipe: Recipe) -> str:
     if recipe.adapters:
         hashes = (f"{adapter.name}: {(adapter.sha256 or 'none')[:SHORT_HASH]}" for adapter in recipe.adapters)
         fields["Lora hashes"] = ", ".join(hashes)
+    windows = [f"{use.name}: {use.start:g}-{use.end:g}" for use in recipe.adapters if (use.start, use.end) != (0, 1)]
+    if windows:
+        fields["Lora windows"] = ", ".join(windows)
     fields["Version"] = f"gossamer {VERSION}"
     return f"{recipe.prompt}\n" + ", ".join(f"{name}: {_quote(value)}" for name, value in fields.items())
 

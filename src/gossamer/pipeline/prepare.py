@@ -19,85 +19,91 @@ from gossamer.formats import find_packing_format
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 from gossamer.pipeline.components import StorageChoice, pick_device
 from gossamer.pipeline.control import describe_control
-from gossamer.pipeline.folder import ModelFolder, Profile, component_hashes, one_type, open_folder
-from gossamer.pipeline.loras import CONTROL_LORA, LoraChoice, find_lora
-from gossamer.pipeline.options import EMBEDDED, STORED, LoadOptions, PaintOptions
+from gossamer.pipeline.fit import Fit, NoPlan, fit
+from gossamer.pipeline.folder import Profile
+from gossamer.pipeline.lora_sources import locate
+from gossamer.pipeline.loras import CONTROL_LORA, LoraChoice
+from gossamer.pipeline.model import Model, open_model
+from gossamer.pipeline.options import AUTO, EMBEDDED, STORED, LoadOptions, PaintOptions
 from gossamer.pipeline.parse import Size
 from gossamer.pipeline.recipe import AdapterUse, ModelUse, Recipe
-from gossamer.pipeline.sources import find_source
+from gossamer.pipeline.stored import one_format
 
 
 @dataclass(frozen=True, eq=False)
 class NamedAdapter:
-    """An adapter that was read, the name it is attached under, and how the user named it."""
+    """An adapter that was read, the name it is attached under, how the user named it, and whether it is fused."""
 
     name: str
     choice: LoraChoice
     adapter: Adapter
+    fused: bool = False
 
     @property
     def use(self) -> AdapterUse:
         """Its entry in a recipe."""
-        return AdapterUse(self.name, self.choice.source, self.choice.scale, self.adapter.sha256)
+        choice, window = self.choice, self.choice.schedule
+        sha256 = self.adapter.sha256
+        return AdapterUse(self.name, choice.source, choice.scale, sha256, window.start, window.end, self.fused)
 
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """The model's name, and its hashes as they will be known: hashing runs beside the loading."""
+    """The model's name, that of its base, and its hashes as they will be known: hashing runs beside the loading."""
 
     source: str
+    base: str | None
     hashes: Future[dict[str, str]] | None
 
     def use(self) -> ModelUse:
         """Its entry in a recipe; waits for the hashes."""
-        return ModelUse(self.source, None if self.hashes is None else self.hashes.result())
+        return ModelUse(self.source, None if self.hashes is None else self.hashes.result(), self.base)
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A load that is ready to happen."""
+    """A load that is ready to happen, and the plan that it happens by."""
 
     identity: Identity
-    folder: ModelFolder
+    model: Model
     storage: StorageChoice
     device: torch.device
     adapters: tuple[NamedAdapter, ...]
+    fit: Fit | NoPlan
 
     def check(self, options: PaintOptions) -> None:
         """Raise where painting with `options` could not work, without waiting for the model's hashes."""
-        require_control(options.control is not None, self.folder.is_control, self.adapters)
+        require_control(options.control is not None, self.model.is_control, self.adapters)
+        require_active(self.adapters, options.steps)
         if options.control is not None:
             describe_control(options.control, options.control_kind)
 
     def recipe(self, options: PaintOptions) -> Recipe:
         """What painting with `options` would be, without loading anything."""
         self.check(options)
-        return build_recipe(options, self.folder.profile, self.storage, self.identity.use(), self.adapters)
+        return build_recipe(options, self.model.profile, self.storage, self.identity.use(), self.adapters)
 
 
-def prepare(options: LoadOptions) -> Prepared:
-    """Check the options against what is there: formats, device, model folder, adapters."""
+def prepare(options: LoadOptions, paint: PaintOptions | None = None) -> Prepared:
+    """Check the options against what is there: formats, device, model folder, adapters; and plan for painting like
+    `paint`, by default at the model's own size."""
     for name in (options.storage, options.text_storage):
-        if name != STORED:
+        if name not in (STORED, AUTO):
             find_packing_format(name)
     device = pick_device(options.device)
-    folder = open_folder(find_source(options.model).fetch())
-    _require_patterns(options.skip, folder.spec)
-    storage = StorageChoice(
-        _resolve(options.storage, folder.stored["transformer"]),
-        _resolve(options.text_storage, one_type({folder.stored["text_encoder"], folder.stored["text_encoder_2"]})),
-        options.skip,
-        options.compute,
-    )
-    adapters = read_adapters(options.loras, folder.spec)
-    identity = Identity(options.model, _in_background(folder.path))
-    return Prepared(identity, folder, storage, device, adapters)
+    model = open_model(options.model, options.base)
+    require_patterns(options.skip, model.spec)
+    adapters = read_adapters(options.loras, model.spec)
+    fitted = fit(options, model, device, paint, [named.adapter for named in adapters])
+    identity = Identity(options.model, options.base, _in_background(model))
+    return Prepared(identity, model, _storage(options, model, fitted), device, adapters, fitted)
 
 
-def prepare_with_control(options: LoadOptions) -> Prepared:
-    """As `prepare`, for pictures with a control picture: the bundled Control LoRA is added where none was named."""
-    prepared = prepare(options)
-    if prepared.folder.is_control or any(named.adapter.is_control for named in prepared.adapters):
+def prepare_with_control(options: LoadOptions, paint: PaintOptions | None = None) -> Prepared:
+    """As `prepare`, for pictures with a control picture: the bundled Control LoRA is added where none was named. It is
+    too small to change a plan."""
+    prepared = prepare(options, paint)
+    if prepared.model.is_control or any(named.adapter.is_control for named in prepared.adapters):
         return prepared
     if options.model != EMBEDDED:
         raise InvalidOptionError(
@@ -107,7 +113,7 @@ def prepare_with_control(options: LoadOptions) -> Prepared:
             "Name a Control LoRA for this model with --lora, or load a Canny or Depth model.",
         )
     control = LoraChoice(CONTROL_LORA)
-    return replace(prepared, adapters=read_adapters((*options.loras, control), prepared.folder.spec))
+    return replace(prepared, adapters=read_adapters((*options.loras, control), prepared.model.spec))
 
 
 def read_adapters(choices: Iterable[LoraChoice], spec: FluxSpec) -> tuple[NamedAdapter, ...]:
@@ -115,7 +121,7 @@ def read_adapters(choices: Iterable[LoraChoice], spec: FluxSpec) -> tuple[NamedA
     named: dict[str, NamedAdapter] = {}
     paths: list[Path] = []
     for choice in choices:
-        path = find_lora(choice)
+        path = locate(choice)
         if path.resolve() in paths:
             raise AdapterError(
                 f"The adapter {choice.source!r} was named twice.",
@@ -150,6 +156,19 @@ def require_control(given: bool, wanted: bool, adapters: Iterable[NamedAdapter])
         )
 
 
+def require_active(adapters: Iterable[NamedAdapter], steps: int) -> None:
+    """Every adapter acts in at least one step of the run."""
+    for named in adapters:
+        window = named.choice.schedule
+        if not window.active_steps(steps):
+            raise InvalidOptionError(
+                f"The adapter {named.name!r} would act in no step of this run.",
+                f"Step i of {steps}, counted from 0, is active where {window.start:g} <= i/{steps} < {window.end:g}; "
+                "no i is.",
+                f"Make the window at least 1/{steps} wide, take more steps, or leave the adapter out.",
+            )
+
+
 def build_recipe(
     options: PaintOptions,
     profile: Profile,
@@ -170,6 +189,7 @@ def build_recipe(
         storage=storage.transformer,
         text_storage=storage.text,
         compute=storage.compute,
+        attention=storage.attention,
         skip=storage.skip,
         model=model,
         adapters=tuple(named.use for named in adapters),
@@ -177,7 +197,7 @@ def build_recipe(
     )
 
 
-def _require_patterns(patterns: Iterable[str], spec: FluxSpec) -> None:
+def require_patterns(patterns: Iterable[str], spec: FluxSpec) -> None:
     """Every pattern fits at least one linear of the transformer."""
     names = list(linear_shapes(spec))
     for pattern in patterns:
@@ -190,17 +210,31 @@ def _require_patterns(patterns: Iterable[str], spec: FluxSpec) -> None:
             )
 
 
+def _storage(options: LoadOptions, model: Model, fitted: Fit | NoPlan) -> StorageChoice:
+    """Formats as they were named; what was left open is as stored, unless the plan has another."""
+    texts = one_format({model.stored["text_encoder"], model.stored["text_encoder_2"]})
+    names = [options.storage, options.text_storage]
+    if isinstance(fitted, Fit):
+        planned = (fitted.chosen.storage, fitted.chosen.text_storage)
+        names = [
+            plan if name == AUTO and not leaves else name
+            for name, plan, leaves in zip(names, planned, fitted.leaves_formats, strict=True)
+        ]
+    transformer, text = map(_resolve, names, (model.stored["transformer"], texts))
+    return StorageChoice(transformer, text, options.skip, options.compute, options.attention)
+
+
 def _resolve(storage: str, stored: str) -> str:
-    return stored if storage == STORED else find_packing_format(storage).name
+    return stored if storage in (STORED, AUTO) else find_packing_format(storage).name
 
 
-def _in_background(path: Path) -> Future[dict[str, str]]:
-    """The hashes of a folder; the thread is a daemon, so that an interrupted run does not wait for it."""
+def _in_background(model: Model) -> Future[dict[str, str]]:
+    """The hashes of a model; the thread is a daemon, so that an interrupted run does not wait for it."""
     future: Future[dict[str, str]] = Future()
 
     def work() -> None:
         try:
-            future.set_result(component_hashes(path))
+            future.set_result(model.hashes())
         except BaseException as error:  # noqa: BLE001 - handed on to whoever asks for the result
             future.set_exception(error)
 

@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gossamer.adapters.peft_settings import FOLDER_SETTINGS, FOLDER_WEIGHTS
 from gossamer.errors import FileDamagedError, FileMissingError, InvalidOptionError, OutputError, WrongModelError
 from gossamer.models.flux_spec import FluxSpec
-from gossamer.pipeline.folder import COMPONENTS, MODELS, PIPELINES, SETTINGS_FILE, open_folder, read_json
+from gossamer.pipeline.folder import COMPONENTS, MODELS, PIPELINES, SETTINGS_FILE, read_json
+from gossamer.pipeline.model import open_folder
 from gossamer.pipeline.sources import COMMIT, DIGEST, HUB_ID, MAIN, HubCache, HubFile
 from gossamer.pipeline.transfer import TIMEOUT, Origin, Watcher, errors_in_words, is_sound, obtain, size_of
 from gossamer.pipeline.versions import VERSION
@@ -80,8 +82,34 @@ def plan_pull(model: str, revision: str = MAIN, offline: bool = False) -> Plan:
         commit, listing = _ask_hub(target, revision)
         origin = Origin(target.repository, commit, cache)
         if target.file is not None:
-            return Plan(target, revision, origin, (_named_file(target, listing),))
+            return Plan(target, revision, origin, _named_files(target, listing))
         return Plan(target, revision, origin, _Chooser(target, origin, listing).choose())
+
+
+def plan_adapter(repository: str) -> Plan:
+    """The adapter of a repository that holds one: its only .safetensors file."""
+    from huggingface_hub import constants
+
+    _require_hub(version("huggingface_hub"))
+    target, cache = Target(repository), HubCache.of(repository)
+    with errors_in_words(repository):
+        if constants.HF_HUB_OFFLINE:
+            _plan_offline(target, MAIN, cache)  # raises where nothing is there
+            raise FileMissingError(
+                f"Which file of {repository!r} is the adapter is not known.",
+                "Offline the hub's list of its files cannot be read, and the local cache may lack some of them.",
+                f"Name the file, as in {repository}/FILE.",
+            )
+        commit, listing = _ask_hub(target, MAIN)
+    names = [name for name in listing if name.endswith(".safetensors")]
+    if len(names) != 1:
+        raise FileMissingError(
+            f"{repository!r} does not say which file is meant: it holds {len(names)} .safetensors files.",
+            _weights_in(listing),
+            f"Name one file, as in {repository}/FILE.",
+        )
+    target = Target(repository, names[0])
+    return Plan(target, MAIN, Origin(repository, commit, cache), _named_files(target, listing))
 
 
 def _require_hub(installed: str) -> None:
@@ -175,12 +203,15 @@ def _ask_hub(target: Target, revision: str) -> tuple[str, dict[str, HubFile]]:
     return str(info.sha), listing
 
 
-def _named_file(target: Target, listing: Mapping[str, HubFile]) -> HubFile:
+def _named_files(target: Target, listing: Mapping[str, HubFile]) -> tuple[HubFile, ...]:
+    """A single file, and for the weights of one of PEFT's folders the settings beside them, which hold its strength."""
     file = listing.get(str(target.file))
     if file is None:
         what = f"There is no file {target.file!r} in {target.repository!r}."
         raise FileMissingError(what, _weights_in(listing), "Name one that is there.")
-    return file
+    path = PurePosixPath(file.name)
+    beside = listing.get(path.with_name(FOLDER_SETTINGS).as_posix()) if path.name == FOLDER_WEIGHTS else None
+    return (file,) if beside is None else (file, beside)
 
 
 def _weights_in(listing: Mapping[str, HubFile]) -> str:

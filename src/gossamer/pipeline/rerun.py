@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from gossamer.pipeline.parse import Size
 from gossamer.pipeline.picture import PictureRecord, pixels_sha256, read_picture
 from gossamer.pipeline.prepare import Prepared, prepare
 from gossamer.pipeline.recipe import Recipe
+from gossamer.pipeline.schedule import Schedule
 from gossamer.pipeline.versions import versions
 
 SAME_FILES = "Only the same files lead to the same pixels."
@@ -84,7 +85,7 @@ def prepare_rerun(path: str | Path, device: str = "auto") -> ReadyRerun:
             "Paint it again with that program, or give the control picture as a file.",
         )
     options = _paint_options(old)
-    prepared = prepare(_load_options(old, device))
+    prepared = _with_fused(prepare(_load_options(old, device), options), old)
     new = prepared.recipe(options)
     _require_same_files(old, new)
     if not old.same_pixels(new):
@@ -99,13 +100,21 @@ def prepare_rerun(path: str | Path, device: str = "auto") -> ReadyRerun:
 def _load_options(recipe: Recipe, device: str) -> LoadOptions:
     return LoadOptions(
         model=recipe.model.source,
+        base=recipe.model.base,
         storage=recipe.storage,
         text_storage=recipe.text_storage,
         compute=recipe.compute,
+        attention=recipe.attention,
         skip=recipe.skip,
-        loras=tuple(LoraChoice(adapter.source, adapter.scale) for adapter in recipe.adapters),
+        loras=tuple(LoraChoice(use.source, use.scale, Schedule(use.start, use.end)) for use in recipe.adapters),
         device=device,
     )
+
+
+def _with_fused(prepared: Prepared, recipe: Recipe) -> Prepared:
+    """The adapters that were fused then are fused again."""
+    pairs = zip(prepared.adapters, recipe.adapters, strict=True)
+    return replace(prepared, adapters=tuple(replace(named, fused=use.fused) for named, use in pairs))
 
 
 def _paint_options(recipe: Recipe) -> PaintOptions:

@@ -1,4 +1,4 @@
-"""Where a model comes from: the embedded one, a diffusers folder, or a repository on the Hugging Face hub.
+"""Where a model comes from: the embedded one, a file or folder, or a repository on the Hugging Face hub.
 
 What was downloaded lies in the cache that all programs of the hub share, one folder a repository:
 
@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from gossamer.demo.embedded import model_folder
-from gossamer.errors import FileMissingError, GossamerError, WrongModelError
-from gossamer.pipeline.folder import COMPONENTS, SETTINGS_FILE
+from gossamer.errors import FileMissingError, GossamerError
+from gossamer.pipeline.folder import COMPONENTS, MODELS, SETTINGS_FILE
 from gossamer.pipeline.options import EMBEDDED
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -33,19 +33,19 @@ MAIN = "main"  # the branch that is meant where none is named
 class Embedded:
     """The model that comes with the package."""
 
-    def fetch(self) -> Path:
+    def fetch(self, weights: Collection[str] = MODELS) -> Path:
         """Its folder."""
         return model_folder()
 
 
 @dataclass(frozen=True)
-class LocalFolder:
-    """A diffusers folder on this machine."""
+class LocalPath:
+    """A diffusers folder or a checkpoint file on this machine."""
 
     path: Path
 
-    def fetch(self) -> Path:
-        """Its folder."""
+    def fetch(self, weights: Collection[str] = MODELS) -> Path:
+        """The path."""
         return self.path
 
 
@@ -55,9 +55,9 @@ class HubRepository:
 
     name: str
 
-    def fetch(self) -> Path:
+    def fetch(self, weights: Collection[str] = MODELS) -> Path:
         """The folder that `gossamer pull` made, without asking the hub; else that of its newest version, downloaded
-        where the local cache lacks it. Never a pickled file."""
+        where the local cache lacks it. `weights` are the parts whose weights are wanted. Never a pickled file."""
         from httpx import HTTPError
         from huggingface_hub import snapshot_download
 
@@ -65,34 +65,28 @@ class HubRepository:
         if pulled is not None:
             return pulled
         patterns = [f"{component}/*{ending}" for component in COMPONENTS for ending in (".json", ".txt", ".model")]
-        patterns += [f"{component}/*.safetensors" for component in COMPONENTS]
+        patterns += [f"{component}/*.safetensors" for component in weights]
         try:
             return Path(snapshot_download(self.name, allow_patterns=["model_index.json", SETTINGS_FILE, *patterns]))
         except (OSError, ValueError, HTTPError) as error:
             raise hub_error(self.name, error) from error
 
 
-Source = Embedded | LocalFolder | HubRepository
+Source = Embedded | LocalPath | HubRepository
 
 
 def find_source(model: str) -> Source:
-    """What `--model` means: 'embedded', else an existing folder, else something that reads as a hub id."""
+    """What `--model` and `--base` mean: 'embedded', else what exists at a path, else what reads as a hub id."""
     path = Path(model).expanduser()
     if model == EMBEDDED:
         return Embedded()
-    if os.path.isdir(path):
-        return LocalFolder(path)
-    if os.path.isfile(path):
-        raise WrongModelError(
-            f"{model!r} is a file; a model is a folder.",
-            "Single-file checkpoints hold the transformer only, or name their tensors in another way.",
-            "Give a diffusers folder (the one that holds model_index.json) or a hub id.",
-        )
+    if os.path.exists(path):
+        return LocalPath(path)
     if HUB_ID.fullmatch(model):
         return HubRepository(model)
     raise FileMissingError(
         f"There is no model {model!r}.",
-        "It is neither 'embedded', nor a folder that exists, nor a hub id of the form owner/name.",
+        "It is neither 'embedded', nor a file or folder that exists, nor a hub id of the form owner/name.",
         "Check the path, or leave --model out to use the embedded model.",
     )
 

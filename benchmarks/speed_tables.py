@@ -1,0 +1,111 @@
+"""The tables of README and docs/speed.md, from the records of the benchmarks on a GPU.
+
+    PYTHONPATH=src python benchmarks/speed_tables.py --write README.md docs/speed.md
+    PYTHONPATH=src python benchmarks/speed_tables.py --machine nvidia-h200 --date 2026-11-20
+
+Without --write every table is printed. A file has room for the table NAME between the lines `<!-- NAME: begin -->` and
+`<!-- NAME: end -->`. A record that is not there leaves its table as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from embedded_paths import table as paths_table
+from embedded_table import filled, table
+from flux_step_cases import OURS
+from flux_step_rows import name_of
+from plot_flux_step import models, promise_table, step_ms
+
+RESULTS = Path(__file__).parent / "results"
+Record = Mapping[str, Any]
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--machine", default="nvidia-h200")
+    made.add_argument("--date", default="2026-11-20")
+    made.add_argument("--write", nargs="*", type=Path, default=[], help="files to put the tables into")
+    options = made.parse_args()
+    found = tables(f"{options.machine}-{options.date}")
+    for path in options.write:
+        path.write_text(filled(path.read_text("utf-8"), found), "utf-8")
+    if not options.write:
+        print("\n".join(f"# {name}\n{text}" for name, text in found.items()))
+
+
+def tables(ending: str) -> dict[str, str]:
+    """Every table whose record is there, by its name."""
+    sources: dict[str, tuple[str, Callable[[Record], str]]] = {
+        "flux-step": ("flux_step", step_table),
+        "flux-promises": ("flux_step", promises),
+        "kernels": ("kernels", kernel_table),
+        "attention": ("attention", attention_table),
+        "embedded-paths": ("embedded_paths", path_table),
+    }
+    paths = {name: RESULTS / f"{benchmark}-{ending}.json" for name, (benchmark, _) in sources.items()}
+    return {
+        name: make(json.loads(paths[name].read_text("utf-8")))
+        for name, (_, make) in sources.items()
+        if paths[name].exists()
+    }
+
+
+def step_table(record: Record) -> str:
+    """One row a model: time, with adapters, weights, error."""
+    rows = {name_of(row): row for row in record["rows"]}
+    head = ["storage -> products", "ms a step", "rank 16", "rank 64", "4 x rank 16", "weights, GB", "error"]
+    lines = []
+    for model in models(rows):
+        system, storage, compute = model.split("/")
+        bare = rows[f"{model}/none"]
+        label = f"**{system}** {storage} -> {compute}" if system == OURS else f"{system} {storage} -> {compute}"
+        times = [step_ms(rows, f"{model}/{kind}") for kind in ("none", "r16", "r64", "4xr16")]
+        cells = ["" if each is None else f"{each:.1f}" for each in times]
+        lines.append([label, *cells, f"{bare['weight_bytes'] / 1e9:.1f}", f"{bare['relative_error']:.3f}"])
+    return table(head, lines) + "\n" + described(record)
+
+
+def promises(record: Record) -> str:
+    """Our time over another's beside what was aimed at."""
+    return promise_table({name_of(row): row for row in record["rows"]}) + "\n"
+
+
+def kernel_table(record: Record) -> str:
+    """Every kernel's share of a copy that moves as many bytes."""
+    lines = [
+        [f"`{row['kernel']}`", f"{row['bytes'] / 1e6:.1f}", f"{row['ms'] * 1e3:.1f}", f"{row['share_of_copy']:.2f}"]
+        for row in record["rows"]
+        if not row["kernel"].startswith("row scale")
+    ]
+    return table(["kernel", "MB moved", "us", "share of a copy"], lines) + "\n" + described(record)
+
+
+def attention_table(record: Record) -> str:
+    """Each attention backend, alone and sustained."""
+    lines = [
+        [f"`{row['backend']}`", f"{row['us']:.0f}", f"{row['us_sustained']:.0f}", f"{row['relative_error']:.4f}"]
+        for row in record["rows"]
+    ]
+    return table(["backend", "us alone", "us sustained", "error"], lines) + "\n" + described(record)
+
+
+def path_table(record: Record) -> str:
+    """PSNR of the embedded model's pictures through every path."""
+    return paths_table(record["rows"]) + "\n\n" + described(record)
+
+
+def described(record: Record) -> str:
+    """Machine, date and versions."""
+    versions: Mapping[str, str] = record["versions"]
+    named = [f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers", "torchao") if name in versions]
+    words: Sequence[str] = [f"one {record['machine']['name']}", record["date"], *named]
+    return ", ".join(words) + ".\n"
+
+
+if __name__ == "__main__":
+    main()
