@@ -97,6 +97,9 @@ def test_one_guest_at_a_time():
         def bring(self):
             events.append(f"+{self.name}")
 
+        def here(self, value):
+            return value
+
         def leave(self):
             events.append(f"-{self.name}")
 

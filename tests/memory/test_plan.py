@@ -163,7 +163,7 @@ def test_fidelity():
     anything = plan(request(8.6, least_fidelity="any"))
     assert {"Q2_K", "Q3_K", "fp4"} <= {way.storage for way in anything.plans}
     fp8 = plan(request(25, card="RTX 4090", storage="bf16", compute="fp8")).chosen
-    assert fp8.fidelity == 36.8
+    assert fp8.fidelity == 37.6
     for level in ("Q9_K", "IQ1_S", "perfect"):
         with pytest.raises(UnknownOptionError, match="no level of fidelity"):
             plan(request(least_fidelity=level))
