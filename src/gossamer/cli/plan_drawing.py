@@ -40,6 +40,10 @@ def print_planning(planning: Planning, request: PlanRequest) -> None:
     console.print(f"\nChosen: {chosen.summary}", highlight=False)
     for reason in chosen.reasons:
         console.print(f"  {reason}", highlight=False, markup=False)
+    if len(shown) > 1:
+        console.print("\nNot chosen:", highlight=False)
+    for line in whys(shown):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nThe GPU, {show_bytes(request.budget.gpu)}, phase by phase:", highlight=False)
     for line in drawing(chosen.gpu_bytes, request.budget.gpu, request.budget.gpu - request.budget.gpu_free):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -62,13 +66,14 @@ def _rows(planning: Planning) -> list[Plan]:
 
 
 def _table(plans: list[Plan]) -> Table:
-    table = Table("", "storage", "text", "compute", "blocks", "GPU", "host", "s/step", "s in all", "fidelity", "why")
+    """A line a plan, narrow enough for 80 columns."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for head in ("", "storage", "compute", "blocks", "GPU", "host", "s/step", "s in all", "fidelity"):
+        table.add_column(head, no_wrap=True, min_width=len(head) or 1)
     for place, plan in enumerate(plans):
-        mark = "*" if place == 0 else ("" if plan.fits else "x")
         table.add_row(
-            mark,
+            "*" if place == 0 else ("" if plan.fits else "x"),
             plan.storage,
-            f"{plan.text_storage} {plan.placement.text}",
             plan.compute,
             f"{plan.placement.resident_blocks}/{plan.blocks}",
             show_bytes(plan.peak_gpu_bytes),
@@ -76,9 +81,17 @@ def _table(plans: list[Plan]) -> Table:
             f"{plan.step_seconds:.3g}",
             f"{plan.total_seconds:.3g}",
             show(plan.fidelity),
-            "chosen" if place == 0 else "; ".join(plan.reasons),
         )
     return table
+
+
+def whys(plans: list[Plan]) -> list[str]:
+    """Why each plan but the first was not chosen, and how its text encoders are kept."""
+    return [
+        f"  {plan.storage} {plan.placement.resident_blocks}/{plan.blocks}, text {plan.text_storage} "
+        f"{plan.placement.text}: {'; '.join(plan.reasons)}"
+        for plan in plans[1:]
+    ]
 
 
 def drawing(phases: Mapping[str, Mapping[str, int]], gpu: int, reserve: int) -> list[str]:
