@@ -153,6 +153,22 @@ def test_a_change_of_scale_or_adapter_is_seen(storage):
 
 
 @torch.inference_mode()
+def test_a_scale_that_passes_through_zero_between_two_calls_is_seen():
+    x, layers = torch.randn(1, 3, WIDTH), packed_layers("nf4")
+    group = group_of(executed(layers, torch.float32))
+    without = group(Rows(x))
+    layers[0].add(low_rank("style", OUTS[0], 3))
+    full = group(Rows(x))
+    for scale in (0.0, 0.35):  # 0.7 is as trained
+        layers[0].set_scale("style", scale)
+    torch.testing.assert_close(group(Rows(x)) - without, (full - without) / 2, rtol=1e-4, atol=1e-5)
+    term = layers[0].remove("style")
+    term.scale = 0.7
+    layers[0].add(term)
+    assert torch.equal(group(Rows(x)), full)
+
+
+@torch.inference_mode()
 def test_a_merged_copy_leaves_the_stored_bytes_alone():
     x, layers = torch.randn(1, 3, WIDTH), packed_layers("fp8")
     group = group_of(executed(layers, torch.float8_e4m3fn, keeps_merged=True))

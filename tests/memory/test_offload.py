@@ -95,9 +95,11 @@ def test_any_number_of_blocks_may_stay(resident, slots):
     handle.settle()
 
 
-def test_a_scale_that_changes_between_steps():
-    resident, streamed = built("nf4", "fp8"), built("nf4", "fp8")
-    placed(streamed, Placement(0))
+@pytest.mark.parametrize("wish", ["fp8", "int8"])
+def test_a_scale_that_changes_between_steps(wish):
+    """Row scales of int8 products are measured: of the own bytes, not of those that are in the slot just then."""
+    resident, streamed = built("nf4", wish), built("nf4", wish)
+    placed(streamed, Placement(0, 1))
     for model in (resident, streamed):
         attach(model, adapter(), "one")
         attach(model, adapter(1), "two", 0.5)

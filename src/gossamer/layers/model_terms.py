@@ -61,6 +61,14 @@ class ModelTerms:
         for product, wanted in stale:
             product.forget()
             self._stacks[product] = [known for want in wanted if (known := self._known(product, want)) is not None]
+        try:
+            self._remake(stale)
+        except BaseException:
+            for product, _ in stale:
+                product.forget()  # what was made is not written yet
+            raise
+
+    def _remake(self, stale: Sequence[tuple[Product, Sequence[Wanted]]]) -> None:
         missing = [want for product, wanted in stale for want in wanted if self._known(product, want) is None]
         made = {made.wanted: made for batch in stack(missing) for made in batch.stacks}
         for product, wanted in stale:
@@ -71,10 +79,11 @@ class ModelTerms:
 
     def refresh(self) -> None:
         """Show the scales as they are now, in the tensors that are there."""
-        self.shown = self.scales
+        count = self.scales
         for batch in self._batches():
             batch.refresh()
         self._write([product for product, stacks in self._stacks.items() if stacks])
+        self.shown = count
 
     def _write(self, products: Sequence[Product]) -> None:
         lifts = [lift for product in products for lift in product.lifts()]

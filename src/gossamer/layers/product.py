@@ -144,6 +144,9 @@ class GroupProduct:
         operand, execution = self._operand, execution_of(self._layers[0])
         if operand is None:
             return
+        if not _filled(self._layers):
+            self._structure, self._revisions = -1, None  # other bytes are there now; made anew with the own ones
+            return
         adapted = any(part.stack is not None for part in operand.parts)
         if adapted and operand.scale is not None and operand.base is None:
             measure(operand.parts, operand.scale, operand.width, execution)
