@@ -131,7 +131,6 @@ class QuantLinear(nn.Module):
         term.move(self.device)
         self._adapters[term.name] = term
         self._changed()
-        self._rescaled()  # a term that was here before may come back with another scale, into the stack that it had
 
     def remove(self, name: str) -> Term:
         """Detach an adapter and hand it back."""
@@ -150,11 +149,7 @@ class QuantLinear(nn.Module):
         before, term.scale = term.scale, scale
         if not isinstance(term, LowRank) or (before == 0) != (scale == 0):
             self._changed()
-        self._rescaled()
-
-    def _rescaled(self) -> None:
-        """Count a change of scales in the model that the layer is part of."""
-        if self._execution is not None:
+        elif self._execution is not None:
             self._execution.workspace.terms.scales += 1
 
     def _adapter(self, name: str) -> Term:

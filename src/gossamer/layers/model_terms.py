@@ -75,12 +75,14 @@ class ModelTerms:
             stacks = [self._known(product, want) or made[want] for want in wanted]
             self._stacks[product] = stacks
             product.remake(stacks)
+        for batch in _batches([self._stacks[product] for product, _ in stale]):
+            batch.refresh()  # a stack that was here already has the scales of before
         self._write([product for product, _ in stale])
 
     def refresh(self) -> None:
         """Show the scales as they are now, in the tensors that are there."""
         count = self.scales
-        for batch in self._batches():
+        for batch in _batches(self._stacks.values()):
             batch.refresh()
         self._write([product for product, stacks in self._stacks.items() if stacks])
         self.shown = count
@@ -97,11 +99,12 @@ class ModelTerms:
     def _known(self, product: Product, wanted: Wanted) -> Stack | None:
         return next((known for known in self._stacks[product] if known.wanted.same(wanted)), None)
 
-    def _batches(self) -> list[Batch]:
-        """The batches that are in use."""
-        return list({id(one.batch): one.batch for stacks in self._stacks.values() for one in stacks}.values())
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelTerms:
         """A copy of a model has products of its own."""
         copied = memo[id(self)] = ModelTerms()
         return copied
+
+
+def _batches(stacks: Iterable[Sequence[Stack]]) -> list[Batch]:
+    """The batches that stacks are slices of."""
+    return list({id(one.batch): one.batch for each in stacks for one in each}.values())

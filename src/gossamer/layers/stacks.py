@@ -58,7 +58,7 @@ class Stack:
 
 
 class Batch:
-    """Stacks of one kind."""
+    """Stacks of one kind; their scales are there after `refresh`."""
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self._wanted = tuple(wanted)
@@ -75,7 +75,6 @@ class Batch:
         self.stacks = [
             Stack(of, StackedTerms(a, b, scale, first.ranks), lift, self) for of, a, b, scale, lift in slices
         ]
-        self.refresh()
 
     def refresh(self) -> None:
         """Take the scales as the terms have them now, in place."""

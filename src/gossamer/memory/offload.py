@@ -35,7 +35,6 @@ from gossamer.memory.offload_part import (
     Part,
     Transport,
     block_stations,
-    join_groups,
     layer_list,
     modulation_linears,
     module_stations,
@@ -46,6 +45,7 @@ from gossamer.memory.offload_strips import StripDecoder
 from gossamer.memory.offload_turns import HOST, Guest, Turns
 from gossamer.memory.placement import Placement, spread
 from gossamer.models.flux.graph import GraphedSteps
+from gossamer.models.flux.prepare import join_groups
 from gossamer.models.flux.seam import Resident
 from gossamer.models.flux.transformer import FluxTransformer
 

@@ -140,13 +140,6 @@ def modulation_linears(model: FluxTransformer) -> list[QuantLinear]:
     return [linear for linear in linears if isinstance(linear, QuantLinear)]
 
 
-def join_groups(model: FluxTransformer) -> None:
-    """Have linears that run as one product lie side by side, after a move of blocks that stay."""
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        for group in _groups(block):
-            group.join()
-
-
 def module_stations(layers: Sequence[nn.Module], device: torch.device) -> dict[int, Station]:
     """One station for each of these modules."""
     return _stations(dict(enumerate(layers)), device, _shared(layers))

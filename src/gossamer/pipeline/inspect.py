@@ -22,10 +22,10 @@ from gossamer.checkpoints.families import other_family
 from gossamer.checkpoints.layouts import TRANSFORMER
 from gossamer.checkpoints.safetensors_file import TensorEntry, sha256_file
 from gossamer.checkpoints.single_tensor import GGUF_BLOCKS
+from gossamer.memory.model_specs import FLUX_DEV
 from gossamer.models.flux_config import GUIDANCE, count_blocks
 from gossamer.models.flux_spec import FluxSpec
 
-FLUX_DEV = FluxSpec(19, 38, 24, 128, 64, 64, 4096, 768, guidance_embeds=True)
 EMBEDDED_BLOCKS = (2, 4)
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")
 
