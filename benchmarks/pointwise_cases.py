@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import torch
 
-from gossamer.kernels.attention_values_kernel import encode_values
+from gossamer.kernels.attention_codes_kernel import encode
 from gossamer.kernels.pointwise import HeadNorm, Modulation, Rotation, TextNorm
 from gossamer.kernels.pointwise.backends import Pointwise, triton_functions
 
@@ -118,10 +118,13 @@ def other_cases(functions: Pointwise, device: torch.device) -> list[Case]:
 
 
 def attention_cases(device: torch.device) -> list[Case]:
-    """The values of an attention in eight bits, from the buffer of a single block."""
+    """The codes of an attention in eight bits, from the buffer of a single block."""
     single = [torch.randn(1, TOKENS, 3 * WIDTH + MLP_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
-    values = [x[..., 2 * WIDTH : 3 * WIDTH].unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2) for x in single]
-    return [("attention values fp8", in_turn(encode_values, values), TOKENS * WIDTH * 3)]
+
+    def codes(x: torch.Tensor) -> object:
+        return encode(*x[..., : 3 * WIDTH].unflatten(-1, (3, -1, HEAD_SIZE)).permute(2, 0, 3, 1, 4))
+
+    return [("attention codes", in_turn(codes, single), 3 * TOKENS * WIDTH * 3)]
 
 
 def cases(device: torch.device | None = None) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Compile attention with values in eight bits for Hopper, without a GPU: `python compile_attention_cases.py`.
+"""Compile attention in eight bits for Hopper, without a GPU: `python compile_attention_cases.py`.
 
 A script, not a test, because Triton compiles only in a process that was not started with its interpreter switched on.
 The arguments are made by the package itself. Prints one JSON line a kernel: what its machine code holds, in all and in
@@ -23,10 +23,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from gossamer.kernels import attention_fp8
-from gossamer.kernels.attention_fp8_kernel import attention_fp8_kernel
-from gossamer.kernels.attention_values import HEAD, Values
-from gossamer.kernels.attention_values_kernel import WARPS, plan_values, values_kernel
+from gossamer.kernels import attention_eight_bit
+from gossamer.kernels.attention_codes import HEAD
+from gossamer.kernels.attention_codes_kernel import WARPS, codes_kernel, empty_codes, plan_codes
+from gossamer.kernels.attention_eight_bit_kernel import attention_eight_bit_kernel
 
 HEADS, TOKENS = 24, 4608
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -49,18 +49,19 @@ def compiled(kernel: JITFunction, arguments: tuple[Any, ...], source: type[ASTSo
 
 
 def both() -> dict[str, Any]:
-    """The producer of values and the attention, as a single block of FLUX.1 launches them."""
+    """The producer of codes and the attention, as a single block of FLUX.1 launches them."""
     buffer = torch.empty(1, TOKENS, 7 * HEADS * HEAD, dtype=torch.bfloat16)
     width = HEADS * HEAD
     q, k, v = (buffer[..., i * width : (i + 1) * width].unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for i in range(3))
-    codes = torch.empty(width, TOKENS, dtype=torch.float8_e4m3fn)
-    values = Values(codes, torch.empty(HEADS, TOKENS // 128))
-    descriptors = attention_fp8.query_boxes(q), attention_fp8.key_boxes(k), attention_fp8.code_boxes(codes)
+    codes = empty_codes(q)
+    boxes = attention_eight_bit.boxes_of(codes.q8, codes.k8, codes.v8)
     out = torch.empty(1, TOKENS, HEADS, HEAD, dtype=torch.bfloat16)
-    attention = (*descriptors, out, values.exponents, *attention_fp8.tile_numbers(q.shape))
+    scales = codes.q_scales, codes.k_scales, codes.exponents
+    numbers = attention_eight_bit.tile_numbers(q.shape)
+    attention = (boxes.queries, boxes.keys, boxes.values, out, *scales, *numbers)
     return {
-        "values": compiled(values_kernel, (v, *values, *plan_values(v).numbers), ASTSource, WARPS),
-        "attention": compiled(attention_fp8_kernel, attention, GluonASTSource, attention_fp8.WARPS),
+        "codes": compiled(codes_kernel, (q, k, v, *codes, *plan_codes(q, k, v).numbers), ASTSource, WARPS),
+        "attention": compiled(attention_eight_bit_kernel, attention, GluonASTSource, attention_eight_bit.WARPS),
     }
 
 

@@ -1,4 +1,4 @@
-"""Attention with values in eight bits becomes the machine code that it is meant to, without a GPU."""
+"""Attention in eight bits becomes the machine code that it is meant to, without a GPU."""
 
 from __future__ import annotations
 
@@ -36,16 +36,21 @@ def steps(facts) -> list[dict[str, int]]:
 
 
 def test_both_kernels_fit_and_spill_nothing(facts):
-    assert set(facts) == {"values", "attention"}
+    assert set(facts) == {"codes", "attention"}
     for kernel in facts.values():
         assert kernel["stack_bytes"] == 0
         assert kernel["shared_bytes"] <= HOPPER_SHARED_BYTES
         assert not {"LDL", "STL"} & set(kernel["code"])
 
 
-def test_logits_are_multiplied_in_bf16_and_values_in_fp8(steps):
-    """128 keys are 8 products of depth 16 in bf16, and 4 of depth 32 in eight bits."""
-    assert [(loop["HGMMA"], loop["QGMMA"]) for loop in steps] == [(8, 4)] * 2
+def test_scores_are_multiplied_in_int8_and_values_in_fp8(steps):
+    """128 channels and 128 keys are 4 products each, of depth 32."""
+    assert [(loop["IGMMA"], loop["QGMMA"]) for loop in steps] == [(4, 4)] * 2
+
+
+def test_whole_numbers_are_not_converted(steps):
+    for loop in steps:
+        assert not {"I2F", "I2FP"} & set(loop)
 
 
 def test_nothing_goes_through_shared_memory_between_the_products(steps):
@@ -63,11 +68,11 @@ def test_a_step_has_hardly_more_than_its_arithmetic(steps):
     for loop in steps:
         assert loop["MUFU"] <= 68
         assert loop["F2FP"] == 32
-        assert sum(loop.values()) < 480
+        assert sum(loop.values()) < 550
         assert "PRMT" not in loop
 
 
 def test_memory_is_loaded_by_the_copy_engine_and_in_whole_words(facts):
     assert facts["attention"]["code"]["UTMALDG"] >= 4
-    assert facts["values"]["vector_loads"] >= 8
-    assert facts["values"]["vector_stores"] >= 4
+    assert facts["codes"]["vector_loads"] >= 24
+    assert facts["codes"]["vector_stores"] >= 12

@@ -1,4 +1,4 @@
-"""The torch reference of attention with values in eight bits, against SDPA in float64, and its order of keys against
+"""The torch reference of attention in eight bits, against SDPA in float64, and its order of keys against
 the fragments of tensor cores."""
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gossamer.kernels.attention_codes import (
+    BLOCK,
+    LOG2_SCALE,
+    SMALLEST,
+    codes_in_torch,
+    key_at_place,
+    row_of_channel,
+    values_in_torch,
+)
 from gossamer.kernels.attention_reference import attend_in_torch, decoded
-from gossamer.kernels.attention_values import SMALLEST, key_at_place, row_of_channel, values_in_torch
 
 HEAD = 128
 
@@ -31,7 +39,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("tokens", "sharp"), [(1, 1), (63, 1), (128, 1), (129, 1), (333, 1), (333, 12), (700, 3)])
 def test_it_is_attention_but_for_the_rounding_of_two_operands(tokens, sharp):
-    """e4m3 rounds by 1/16 at most, evenly: 0.026 in the mean square, and both operands of a product sqrt(2) of that."""
+    """e4m3 rounds by 1/16 at most, evenly: 0.026 in the mean square, and both operands of a product sqrt(2) of that. A
+    logit of 12 standard deviations is off by 0.1, and with it that much of a probability."""
     q, k, v = qkv(2, 2, tokens, sharp)
     error = relative(attend_in_torch(q, k, v), exact(q, k, v))
     assert 0.01 < error < 0.05
@@ -62,22 +71,47 @@ def test_errors_of_single_probabilities_cancel():
 def test_codes_are_the_values_with_the_smallest_exponent_that_holds_them():
     v = qkv(2, 3, 300, seed=1)[2]
     v[0, 0, 5, 7] = 448 * 2.0**3  # the largest code of an exponent
-    values = values_in_torch(v)
+    v8, exponents = values_in_torch(v)
     padded = F.pad(v.double(), (0, 0, 0, 84)).flatten(0, 1)
-    assert values.exponents[0, 0] == 3
+    assert exponents[0, 0] == 3
     for block in range(3):
-        scale = 2.0 ** values.exponents[:, block].double()[:, None, None]
+        scale = 2.0 ** exponents[:, block].double()[:, None, None]
         tile = padded[:, block * 128 : (block + 1) * 128]
         peak = (tile / scale).abs().amax((1, 2))
         assert ((peak > 224) & (peak <= 448)).all()
-        found = decoded(values, block).double()
+        found = decoded(v8, block).double()
         assert ((found - tile / scale).abs() <= (tile / scale).abs() / 16 + 2.0**-10).all()
 
 
 def test_blocks_of_zeros_have_the_smallest_exponent():
-    values = values_in_torch(torch.zeros(1, 1, 10, HEAD))
-    assert values.exponents.item() == SMALLEST
-    assert not values.codes.float().any()
+    v8, exponents = values_in_torch(torch.zeros(1, 1, 10, HEAD))
+    assert exponents.item() == SMALLEST
+    assert not v8.float().any()
+
+
+# queries and keys -----------------------------------------------------------------------------------------------------
+
+
+def test_queries_and_keys_are_off_by_half_a_step_at_most():
+    q, k, v = qkv(2, 3, 300, seed=2)
+    q[0, 0, 5], q[1, 2, 7] = 0, q[1, 2, 7] * 1000
+    codes = codes_in_torch(q, k, v)
+    q_step = codes.q_scales.double()[..., None] / LOG2_SCALE
+    k_step = codes.k_scales.double().repeat_interleave(BLOCK, 1)[:, :300].reshape(2, 3, 300, 1)
+    for x, codes8, step in ((q, codes.q8, q_step), (k, codes.k8, k_step)):
+        assert ((codes8 * step - x.double()).abs() <= 0.5001 * step).all()
+    peaks = codes.q8.int().abs().amax(-1)
+    assert peaks[0, 0, 5] == 0
+    assert (peaks == 127).sum() == peaks.numel() - 1
+
+
+def test_a_logit_of_normalised_operands_moves_by_a_hundredth():
+    """A step of int8 is 3 to 4 standard deviations over 127: sqrt(1 / 12) of it, for both operands."""
+    q, k, v = qkv(1, 2, 512, seed=3)
+    codes = codes_in_torch(q, k, v)
+    k_scales = codes.k_scales.repeat_interleave(BLOCK, 1).reshape(1, 2, 1, 512)
+    found = codes.q8.double() @ codes.k8.double().transpose(-1, -2) * codes.q_scales[..., None] * k_scales
+    assert relative(found, q.double() @ k.double().transpose(-1, -2) * LOG2_SCALE) < 0.012
 
 
 # the order of keys and channels, from the fragments that the PTX ISA gives for wgmma ----------------------------------

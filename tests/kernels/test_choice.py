@@ -17,7 +17,7 @@ PARTS = {
     "compute": set(COMPUTES),
     "decode": {"none", "triton", "torch"},
     "merge": {"triton", "torch"},
-    "attention": {"fp8_values", "cudnn", "flash", "efficient", "math"},
+    "attention": {"eight_bit", "cudnn", "flash", "efficient", "math"},
 }
 
 
@@ -291,16 +291,16 @@ def test_when_probabilities_and_values_are_rounded_to_eight_bits(chip, changes, 
     given = {"activations": "bf16", "head_dim": 128, "compute": "fp8", **arguments}
     picked = attention_backend(replace(CHIPS[chip], **changes), **given)
     if words is None:
-        assert picked.name == "fp8_values"
+        assert picked.name == "eight_bit"
         assert "404" in picked.reason.text
     else:
         assert picked.name in ("cudnn", "flash", "math")
-        (text,) = [reason.text for reason in picked.rejected if reason.option == "fp8_values"]
+        (text,) = [reason.text for reason in picked.rejected if reason.option == "eight_bit"]
         assert words in text
 
 
 def test_attention_follows_head_dim_products_and_wish():
-    assert choose(CHIPS["H200"], "nf4").attention == "fp8_values"
+    assert choose(CHIPS["H200"], "nf4").attention == "eight_bit"
     assert choose(CHIPS["H200"], "nf4", "bf16").attention == "cudnn"
     assert choose(CHIPS["H200"], "nf4", "exact").attention == "cudnn"
     assert choose(CHIPS["H200"], "nf4", attention="exact").attention == "cudnn"

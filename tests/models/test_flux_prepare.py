@@ -119,8 +119,8 @@ def _hopper():
 @pytest.mark.parametrize(
     ("wish", "attention", "expected"),
     [
-        ("fp8", "auto", "fp8_values"),
-        ("auto", "auto", "fp8_values"),
+        ("fp8", "auto", "eight_bit"),
+        ("auto", "auto", "eight_bit"),
         ("fp8", "exact", "cudnn"),
         ("bf16", "auto", "cudnn"),
         ("exact", "auto", "cudnn"),
@@ -170,7 +170,7 @@ def test_attention_in_eight_bits_adds_what_one_more_product_in_eight_bits_would(
         return ((one - other).norm() / other.norm()).item()
 
     plain = result("bf16", "auto", "cudnn")
-    products, both = result("fp8", "exact", "cudnn"), result("fp8", "auto", "fp8_values")
+    products, both = result("fp8", "exact", "cudnn"), result("fp8", "auto", "eight_bit")
     assert 0 < between(both, products) < 2 * between(products, plain)
     assert between(both, plain) < 1.3 * between(products, plain)
 

@@ -21,8 +21,8 @@ from gossamer.kernels.wishes import require_attention_wish
 OLDEST_TRITON = (7, 5)  # the oldest chip that the kernels are compiled for
 FIRST_GLUON, OTHER_GLUON = (3, 6), (3, 9)  # Triton 3.9 has taken away calls of its Gluon that the kernel needs
 CUDNN_WITHOUT_LENGTH_DEFECT = 91501
-FP8_VALUES_HEAD = 128
-FP8_VALUES_MERIT = (
+EIGHT_BIT_HEAD = 128
+EIGHT_BIT_MERIT = (
     "353 us, and 15 for encoding the values, against 404 of cuDNN, measured on one H200 at 24 heads of 128, "
     "4608 tokens; exact logits, probabilities and values in eight bits"
 )
@@ -114,12 +114,12 @@ def attention_backend(
 ) -> Picked:
     """Which backend of `attention` serves, for q, k, v of the type `activations` ("bf16", "fp16", "fp32").
 
-    `compute` is the type of the products around it. "auto" rounds probabilities and values to eight bits where these
-    products round their operands to eight bits too, and that was measured to be faster; "exact" never does.
+    `compute` is the type of the products around it. "auto" rounds the operands of attention to eight bits where these
+    products round theirs to eight bits too, and that was measured to be faster; "exact" never does.
     """
-    no_fp8 = _no_fp8_values(capability, activations, head_dim, compute, require_attention_wish(wish))
+    no_eight_bit = _no_eight_bit(capability, activations, head_dim, compute, require_attention_wish(wish))
     options = (
-        Option("fp8_values", FP8_VALUES_MERIT, no_fp8),
+        Option("eight_bit", EIGHT_BIT_MERIT, no_eight_bit),
         Option("cudnn", _cudnn_merit(capability), _no_cudnn(capability, activations, head_dim)),
         Option("flash", "never writes the scores to memory", _no_flash(capability, activations, head_dim)),
         Option("efficient", "never writes the scores to memory", _no_efficient(capability, activations, head_dim)),
@@ -128,17 +128,17 @@ def attention_backend(
     return pick("attention", options)
 
 
-def _no_fp8_values(capability: Capability, activations: str, head_dim: int, compute: str, wish: str) -> str | None:
+def _no_eight_bit(capability: Capability, activations: str, head_dim: int, compute: str, wish: str) -> str | None:
     if capability.kind != "cuda" or capability.compute_capability != (9, 0):
         return f"it is written for the tensor cores of Hopper (9.0), and this is {capability.chip}"
     if wish == "exact":
-        return "it rounds probabilities and values to eight bits, and exact attention was asked for"
+        return "it rounds its operands to eight bits, and exact attention was asked for"
     if compute != "fp8":
-        return f"it rounds probabilities and values to eight bits, and the products around it run in {compute}"
+        return f"it rounds its operands to eight bits, and the products around it run in {compute}"
     if activations != "bf16":
         return f"it takes bf16, not {activations}"
-    if head_dim != FP8_VALUES_HEAD:
-        return f"it takes heads of {FP8_VALUES_HEAD}, not {head_dim}"
+    if head_dim != EIGHT_BIT_HEAD:
+        return f"it takes heads of {EIGHT_BIT_HEAD}, not {head_dim}"
     return _no_triton(capability) or _no_gluon(capability)
 
 

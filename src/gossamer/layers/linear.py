@@ -234,7 +234,10 @@ class QuantLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        moves = self.stored.moves
         super()._apply(fn, recurse)
+        if self.stored.moves != moves:
+            self._product.forget()  # an operand would keep the bytes where they were
         moved = fn(torch.empty(0, dtype=self.compute, device=self.device))
         self.compute = moved.dtype
         for term in self.adapters():

@@ -42,8 +42,8 @@ FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Convolutions: a guess on the safe side.
 ASSUMED = {"flash": 0.6, "flash on Hopper": 310 / 989, "efficient": 0.3, "convolutions": 0.35}
 
-# Microseconds of a call without a pause on one H200: of cuDNN over those of fp8_values and of encoding its values.
-FP8_VALUES_GAIN = 447 / (387 + 15)
+# Microseconds of a call without a pause on one H200: of cuDNN over those of eight_bit and of encoding its values.
+EIGHT_BIT_GAIN = 447 / (387 + 15)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def factors(measured: Mapping[str, Any]) -> Factors:
         },
         attention={
             "cudnn": attention,
-            "fp8_values": attention * FP8_VALUES_GAIN,
+            "eight_bit": attention * EIGHT_BIT_GAIN,
             **{name: ASSUMED[name] for name in ("flash", "flash on Hopper", "efficient")},
         },
         pointwise=pointwise,

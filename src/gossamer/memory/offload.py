@@ -45,7 +45,7 @@ from gossamer.memory.offload_strips import StripDecoder
 from gossamer.memory.offload_turns import HOST, Guest, Turns
 from gossamer.memory.placement import Placement, spread
 from gossamer.models.flux.graph import GraphedSteps
-from gossamer.models.flux.prepare import join_groups
+from gossamer.models.flux.prepare import forget_groups, join_groups
 from gossamer.models.flux.seam import Resident
 from gossamer.models.flux.transformer import FluxTransformer
 
@@ -113,6 +113,7 @@ class Offload:
         if TRANSFORMER in self.models:
             transformer = self.models[TRANSFORMER]
             transformer.weights = Resident()
+            forget_groups(transformer)
             if isinstance(transformer.stepper, GraphedSteps):  # what was captured reads from where weights were
                 transformer.stepper.release()
         if "vae" in self.models:

@@ -11,7 +11,7 @@ from torch import nn
 from gossamer.kernels.capability import Capability
 from gossamer.kernels.choice import FLUX_HEAD_DIM, Choice, choose
 from gossamer.kernels.pointwise.backends import TORCH, Pointwise, triton_functions
-from gossamer.layers import Execution, Workspace
+from gossamer.layers import Buffers, Execution, Workspace
 from gossamer.models.swap import linear_layers
 
 TYPES = {
@@ -31,13 +31,14 @@ def execute(
     head_dim: int = FLUX_HEAD_DIM,
     attention: str = "auto",
     apart: Callable[[str], bool] = lambda _: False,
+    buffers: Buffers | None = None,
 ) -> Mapping[str, Choice]:
     """Set the execution of every QuantLinear inside; the choice made for each, by its name.
 
     `wish` is a compute type or "auto" or "exact" (see `kernels.choice`), for all layers or by name, `attention` "auto"
     or "exact". `keeps_merged` spends memory on a second copy of weights that need no decoding, while adapters are
     attached. Layers that are `apart` by their names run at other times than the rest: their changes leave captured
-    steps of the others valid.
+    steps of the others valid. Modules that never run at the same time may share `buffers` for their decoded weights.
     """
     wish_of = wish if callable(wish) else lambda _: wish
     layers = linear_layers(module)
@@ -45,7 +46,7 @@ def execute(
     for name, layer in layers.items():
         shape = layer.out_features, layer.in_features
         choices[name] = choose(capability, layer.packed.format, wish_of(name), shape, head_dim, attention)
-    pointwise, workspace = pointwise_functions(capability), Workspace()
+    pointwise, workspace = pointwise_functions(capability), Workspace(buffers)
     other = workspace.beside()
     # equal choices are one execution, so that a model has a handful of them
     known: dict[Execution, Execution] = {}

@@ -15,6 +15,7 @@ from gossamer.checkpoints.checkpoint import Component
 from gossamer.errors import FileDamagedError, InvalidOptionError
 from gossamer.formats import plain
 from gossamer.kernels.detect import detect
+from gossamer.layers import Buffers
 from gossamer.memory.placement import Placement
 from gossamer.models.execute import execute
 from gossamer.models.fill import STORED, Stream, Target, fill
@@ -103,17 +104,20 @@ def execute_parts(parts: Mapping[str, Any], storage: StorageChoice, device: torc
     """Put kernels and libraries under the linears that are packed, for the device that they run on.
 
     On a CPU the reference is as fast as anything, so it stays unless a compute type is wished. `keeps_merged` spends
-    memory on merged copies of weights that need no decoding, while adapters are attached.
+    memory on merged copies of weights that need no decoding, while adapters are attached. Parts of a pipeline run one
+    after the other, so that their decoded weights go through the same buffer.
     """
     from gossamer.models.flux import prepare
 
     if device.type == "cpu" and storage.compute == "auto":
         return
-    capability = detect(device)
+    capability, buffers = detect(device), Buffers()
     for name in ("text_encoder", "text_encoder_2"):
         if name in parts:
-            execute(parts[name], capability)
-    prepare(parts["transformer"], storage.compute, capability, keeps_merged, attention=storage.attention)
+            execute(parts[name], capability, buffers=buffers)
+    prepare(
+        parts["transformer"], storage.compute, capability, keeps_merged, attention=storage.attention, buffers=buffers
+    )
 
 
 def has_room_for_copies(transformer: Any, device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from gossamer.kernels.capability import Capability
 from gossamer.kernels.choice import Choice
 from gossamer.kernels.detect import detect
 from gossamer.kernels.wishes import require_attention_wish
-from gossamer.layers import LinearGroup
+from gossamer.layers import Buffers, LinearGroup
 from gossamer.models.execute import TYPES, execute, pointwise_functions
 from gossamer.models.flux.blocks import DoubleBlock, SingleBlock
 from gossamer.models.flux.cuda_graphs import CudaGraphs
@@ -51,12 +51,13 @@ def prepare(
     keeps_merged: bool = False,
     graphs: bool = True,
     attention: str = "auto",
+    buffers: Buffers | None = None,
 ) -> Prepared:
     """Choose for every linear, pointwise function and attention, and put the choice into the model.
 
     With `graphs`, repeated steps on an NVIDIA GPU are captured once and then replayed (see `graph`). `attention` is
-    "auto" or "exact": whether probabilities and values may be rounded to eight bits (see `kernels.backends`), which
-    "auto" does in models whose blocks multiply in fp8 anyway.
+    "auto" or "exact": whether its operands may be rounded to eight bits (see `kernels.backends`), which "auto" does in
+    models whose blocks multiply in fp8 anyway. `buffers` are for decoded weights, where other models share them.
 
     Call it after the linears were packed and moved, and again after a move: stored bytes of linears that run as one
     are put side by side. `capability` is that of the model's device by default.
@@ -66,7 +67,7 @@ def prepare(
     head_dim = int(model.config["attention_head_dim"])
     require_attention_wish(attention)
     wish_of = partial(_wish, wish=wish)
-    choices = execute(model, capability, wish_of, keeps_merged, head_dim, attention, is_modulation)
+    choices = execute(model, capability, wish_of, keeps_merged, head_dim, attention, is_modulation, buffers)
     pointwise = pointwise_functions(capability)
     activations, compute = _activations(model, choices), _products(model, _groups(model))
     picked = attention_backend(capability, activations, head_dim, compute=compute, wish=attention).name
@@ -82,6 +83,12 @@ def join_groups(model: nn.Module) -> None:
     """Put the stored bytes of linears that run as one side by side; to be called again after any got other bytes."""
     for group in _groups(model):
         group.join()
+
+
+def forget_groups(model: nn.Module) -> None:
+    """Have no group hold on to the bytes that it has now; to be called before any of them move."""
+    for group in _groups(model):
+        group.forget()
 
 
 def _groups(model: nn.Module) -> list[LinearGroup]:

@@ -1,8 +1,8 @@
-"""Attention whose second product is in e4m3, for Hopper's tensor cores: tiles, warps and the ring between them.
+"""Attention whose products are in int8 and in e4m3, for Hopper's tensor cores: tiles, warps and the ring between them.
 
 A program works through tiles of 128 queries of one head. One warp loads; each of two warpgroups has 64 queries of its
-own (`attention_fp8_step`), so that one's exponentials run while the other's products do. Channels of v are stored so
-that a thread ends up with 8 neighbours of the result, which it writes at once.
+own (`attention_eight_bit_step`), so that one's exponentials run while the other's products do. Channels of v are stored
+so that a thread ends up with 8 neighbours of the result, which it writes at once.
 
 Ring. Step i of a tile has k of block i and v of block i - 1 in one slot (no v in step 0, no k in the last), because
 they are multiplied at the same time. Blocks run from the last to the first: only the first step may need a mask.
@@ -25,10 +25,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
-from gossamer.kernels.attention_fp8_step import (
+from gossamer.kernels.attention_eight_bit_step import (
     HEAD,
     ROWS,
     accumulator,
+    biased,
     last_probabilities,
     masked,
     operand,
@@ -40,7 +41,7 @@ from gossamer.kernels.attention_fp8_step import (
 )
 
 GROUPS = gl.constexpr(2)  # warpgroups that multiply
-Q_BYTES = gl.constexpr(64 * 128 * 2)  # queries of a warpgroup
+Q_BYTES = gl.constexpr(64 * 128)  # queries of a warpgroup
 GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)  # of a thread; the first group takes the rest
 
 
@@ -89,7 +90,7 @@ def load(
 ) -> None:
     """The loading warp: queries of every tile, then its steps."""
     k, v, full, empty = ring
-    q, q_full, q_empty = queries
+    q, q_full, q_empty, _ = queries
     n = 0
     odd = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -100,12 +101,10 @@ def load(
             slot = n % SLOTS
             arrived = full.index(slot)
             mbarrier.wait(empty.index(slot), (n // SLOTS & 1) ^ 1)
-            if i == 0:
-                mbarrier.expect(arrived, KEYS * HEAD * 2)
-            elif i == blocks:
+            if i == 0 or i == blocks:
                 mbarrier.expect(arrived, KEYS * HEAD)
             else:
-                mbarrier.expect(arrived, KEYS * HEAD * 3)
+                mbarrier.expect(arrived, KEYS * HEAD * 2)
             key = (blocks - 1 - i) * KEYS
             tma.async_copy_global_to_shared(k_desc, [batch, head, key, 0], arrived, k.index(slot), pred=i < blocks)
             tma.async_copy_global_to_shared(v_desc, [channel, key + KEYS], arrived, v.index(slot), pred=i > 0)
@@ -114,6 +113,13 @@ def load(
 
 
 # a warpgroup ----------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def load_scales(scales: gl.tensor, row: gl.tensor, tokens: gl.tensor, KEYS: gl.constexpr) -> gl.tensor:
+    """Scales (64,) of the queries from `row` on, as rows of scores lie."""
+    query = row + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(KEYS, 32)))
+    return gl.load(scales + query, mask=query < tokens, other=1.0)
 
 
 @gluon.jit
@@ -140,10 +146,9 @@ def store_rows(
 def multiply(
     GROUP: gl.constexpr,
     out: gl.tensor,
-    exponents: gl.tensor,
+    numbers: gl.tuple,
     ring: gl.tuple,
     queries: gl.tuple,
-    scale: gl.tensor,
     tokens: gl.tensor,
     heads: gl.tensor,
     tiles: gl.tensor,
@@ -154,18 +159,22 @@ def multiply(
 ) -> None:
     """A warpgroup: its 64 queries of every tile."""
     k, v, full, empty = ring
-    all_q, q_full, q_empty = queries
+    all_q, q_full, q_empty, turns = queries
+    q_scales, k_scales, exponents = numbers
     q = all_q.index(GROUP).reshape([ROWS, HEAD])
     n = 0
+    c = 0
     odd = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, row = place(tile, tiles, heads)
-        exponent = exponents + (batch * heads + head) * blocks + blocks - 1
+        last = (batch * heads + head) * blocks + blocks - 1
+        exponent, k_scale = exponents + last, k_scales + last
+        of_block = gl.load(exponent), gl.load(k_scale)
+        q_scale = load_scales(q_scales + (batch * heads + head).to(gl.int64) * tokens, row + GROUP * ROWS, tokens, KEYS)
         mbarrier.wait(q_full.index(GROUP), odd)
-        e = gl.load(exponent)
         slot = n % SLOTS
         mbarrier.wait(full.index(slot), n // SLOTS & 1)
-        s = warpgroup_mma_wait(0, deps=[start_scores(q, k.index(slot))])
+        s = biased(warpgroup_mma_wait(0, deps=[start_scores(q, k.index(slot))]))
         mbarrier.arrive(empty.index(slot))
         n += 1
         s = masked(s, (blocks - 1) * KEYS, tokens)
@@ -173,26 +182,34 @@ def multiply(
         o = gl.zeros([ROWS, HEAD], gl.float32, accumulator(HEAD, 32))
         if blocks > 1:
             slot = n % SLOTS
-            s, largest, o, m, sums, e = step(
+            s, largest, o, m, sums, of_block = step(
                 q, k.index(slot), v.index(slot), full.index(slot), n // SLOTS & 1,
-                s, largest, o, largest, e, e, exponent - 1, scale, True,
+                s, largest, o, largest, largest, of_block, q_scale, exponent - 1, k_scale - 1,
+                turns.index(GROUP), turns.index(1 - GROUP), (c & 1) ^ (1 - GROUP), True,
             )  # fmt: skip
             mbarrier.arrive(empty.index(slot))
             n += 1
+            c += 1
             for i in range(2, blocks):
                 slot = n % SLOTS
-                s, largest, o, m, sums, e = step(
+                s, largest, o, m, sums, of_block = step(
                     q, k.index(slot), v.index(slot), full.index(slot), n // SLOTS & 1,
-                    s, largest, o, m, sums, e, exponent - i, scale, False,
+                    s, largest, o, m, sums, of_block, q_scale, exponent - i, k_scale - i,
+                    turns.index(GROUP), turns.index(1 - GROUP), (c & 1) ^ (1 - GROUP), False,
                 )  # fmt: skip
                 mbarrier.arrive(empty.index(slot))
                 n += 1
-            p, o, sums = last_probabilities(s, largest, o, m, sums, e, scale, False)
+                c += 1
+            mbarrier.wait(turns.index(GROUP), (c & 1) ^ (1 - GROUP))
+            p, o, sums = last_probabilities(s, largest, o, m, sums, of_block, q_scale, False)
         else:
-            p, o, sums = last_probabilities(s, largest, o, largest, e, e, scale, True)
+            mbarrier.wait(turns.index(GROUP), (c & 1) ^ (1 - GROUP))
+            p, o, sums = last_probabilities(s, largest, o, largest, largest, of_block, q_scale, True)
         mbarrier.arrive(q_empty.index(GROUP))
         slot = n % SLOTS
         p8 = operand(p)
+        mbarrier.arrive(turns.index(1 - GROUP))
+        c += 1
         mbarrier.wait(full.index(slot), n // SLOTS & 1)
         o = warpgroup_mma_wait(0, deps=[start_values(p8, v.index(slot), o, False)])
         mbarrier.arrive(empty.index(slot))
@@ -214,13 +231,14 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr) -> gl.shared_memory_de
 
 
 @gluon.jit(do_not_specialize=["tokens", "heads", "tiles", "total", "blocks"])
-def attention_fp8_kernel(
-    q_desc: gl.tensor,  # boxes of (1, 1, 64, 128) of (batch, heads, tokens, 128) in bf16
+def attention_eight_bit_kernel(
+    q_desc: gl.tensor,  # boxes of (1, 1, 64, 128) of (batch, heads, tokens, 128) in int8
     k_desc: gl.tensor,  # boxes of (1, 1, KEYS, 128)
     v_desc: gl.tensor,  # boxes of (128, KEYS) of the codes
     out: gl.tensor,  # (batch, tokens, heads, 128) contiguous
-    exponents: gl.tensor,  # (batch * heads, blocks) contiguous
-    scale: gl.tensor,
+    q_scales: gl.tensor,  # (batch, heads, tokens) contiguous
+    k_scales: gl.tensor,  # (batch * heads, blocks) contiguous
+    exponents: gl.tensor,  # likewise
     tokens: gl.tensor,
     heads: gl.tensor,
     tiles: gl.tensor,
@@ -234,12 +252,13 @@ def attention_fp8_kernel(
     k = gl.allocate_shared_memory(k_desc.dtype, [SLOTS, 1, 1, KEYS, HEAD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [SLOTS, HEAD, KEYS], v_desc.layout)
     ring = (k, v, barriers(SLOTS, 1), barriers(SLOTS, GROUPS))
-    queries = (q, barriers(GROUPS, 1), barriers(GROUPS, 1))
+    queries = (q, barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1))
+    numbers = (q_scales, k_scales, exponents)
     # constants have to stand in the call itself: a variable makes them values
     gl.warp_specialize(
         [
-            (multiply, (0, out, exponents, ring, queries, scale, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
-            (multiply, (1, out, exponents, ring, queries, scale, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
+            (multiply, (0, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
+            (multiply, (1, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
             (load, (q_desc, k_desc, v_desc, ring, queries, heads, tiles, total, blocks, KEYS, SLOTS)),
         ],
         [4, 1],

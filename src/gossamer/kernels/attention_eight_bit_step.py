@@ -1,15 +1,19 @@
-"""What a warpgroup does with a block of keys: its share of `attention_fp8_kernel`, without rings and tiles.
+"""What a warpgroup does with a block of keys: its share of `attention_eight_bit_kernel`, without rings and tiles.
 
-    S = q k^T                      bf16, exact products, float32 sums
-    P = 2^(scale S + e + 8 - m)    m: the largest `scale S + e` of a row so far, so P is at most 2^8
+    S = q8 k8^T                    int8, exact in int32
+    P = 2^(r S + e + 8 - m)        r: scales of a query and of the block; m: the largest `r S + e` of a row so far,
+                                   so P is at most 2^8
     y = (P v / 2^e) / sum(P / 2^e) P and v / 2^e in e4m3, float32 sums; e: one whole number for every block of keys
+
+Whole numbers become float32 for nothing: the sums begin at the bits of BIAS = 1.5 * 2^23, where float32 counts in ones,
+and what comes out, read as float32, is BIAS + S. |S| is at most 128 * 127^2 < 2^21.
 
 `step` is the body of the inner loop. The next block's scores are started first, so that the tensor cores have work
 while this block's exponentials are taken; the next largest scores are found beside this block's P v. Nothing is in
 flight from one step to the next: the compiler would then wait after every single product.
 
 Order of keys. A thread gets scores of columns 8 g + 2 t + {0, 1} (t: four lanes a row) and has to give P at columns
-4 t + {0, 1, 2, 3} of every 16: `v` is stored with its keys in that order (`attention_values`), so nothing moves.
+4 t + {0, 1, 2, 3} of every 16: `v8` is stored with its keys in that order (`attention_codes`), so nothing moves.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from triton.runtime.jit import constexpr_function
 HEAD = gl.constexpr(128)  # channels of a head
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 P_SHIFT = gl.constexpr(8.0)
+BIAS, BIAS_BITS = gl.constexpr(12582912.0), gl.constexpr(0x4B400000)
 
 
 @constexpr_function
@@ -50,10 +55,16 @@ def row_scaled(x: gl.tensor, factor: gl.tensor) -> gl.tensor:
 
 @gluon.jit
 def start_scores(q: gl.shared_memory_descriptor, k: gl.shared_memory_descriptor) -> gl.tensor:
-    """q k^T (64, keys), not waited for; k (1, 1, keys, 128)."""
+    """Bits of BIAS + q k^T (64, keys), not waited for; k (1, 1, keys, 128)."""
     KEYS: gl.constexpr = k.shape[2]
-    blank = gl.zeros([ROWS, KEYS], gl.float32, accumulator(KEYS, 16))
-    return warpgroup_mma(q, k.reshape([KEYS, HEAD]).permute([1, 0]), blank, use_acc=False, is_async=True)
+    bias = gl.full([ROWS, KEYS], BIAS_BITS, gl.int32, accumulator(KEYS, 32))
+    return warpgroup_mma(q, k.reshape([KEYS, HEAD]).permute([1, 0]), bias, is_async=True)
+
+
+@gluon.jit
+def biased(sums: gl.tensor) -> gl.tensor:
+    """BIAS + q k^T in float32."""
+    return sums.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -67,9 +78,16 @@ def masked(s: gl.tensor, first: gl.tensor, tokens: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
+def top(largest: gl.tensor, scale: gl.tensor, e: gl.tensor) -> gl.tensor:
+    """`r S + e` (64,) of the largest scores."""
+    return gl.fma(largest - BIAS, scale, e + gl.zeros_like(scale))
+
+
+@gluon.jit
 def logarithms(s: gl.tensor, m: gl.tensor, scale: gl.tensor, e: gl.tensor) -> gl.tensor:
     """log2 P (64, keys)."""
-    return gl.fma(s, scale, (e + P_SHIFT - m)[:, None])
+    rest = gl.fma(gl.zeros_like(scale) - BIAS, scale, e + P_SHIFT - m)
+    return gl.fma(s, gl.broadcast(scale[:, None], s)[0], gl.broadcast(rest[:, None], s)[0])
 
 
 @gluon.jit
@@ -122,35 +140,42 @@ def step(
     o: gl.tensor,
     m: gl.tensor,
     sums: gl.tensor,
-    e: gl.tensor,
+    numbers: gl.tuple,
+    q_scale: gl.tensor,
     next_exponent: gl.tensor,
-    scale: gl.tensor,
+    next_scale: gl.tensor,
+    own_turn: gl.shared_memory_descriptor,
+    other_turn: gl.shared_memory_descriptor,
+    turn: gl.tensor,
     FIRST: gl.constexpr,
 ) -> gl.tuple:
     """Exponentials and P v of a block of keys, and the scores of the next with their largest.
 
-    `s` (64, keys), `largest` (64,) and `e` are of this block, `v` too; `k` and `next_exponent` are of the next. Both
-    are there when `full` has completed `phase`. `o` (64, 128), `m` (64,) and `sums` (64, 8) are of the blocks before;
-    where FIRST there are none, and `m` and `sums` are not read. All six come back, for the next step.
+    `s` (64, keys), `largest` (64,) and `numbers`, its exponent and scale, are of this block, `v` too; `k` and the last
+    two are of the next. Both are there when `full` has completed `phase`. `o` (64, 128), `m` (64,) and `sums` (64, 8)
+    are of the blocks before; where FIRST there are none, and `m` and `sums` are not read. All six come back, for the
+    next step.
     """
+    e, k_scale = numbers
+    scale = q_scale * k_scale
     before = m
-    m = gl.fma(largest, scale, e) if FIRST else gl.maximum(m, gl.fma(largest, scale, e))
+    m = top(largest, scale, e) if FIRST else gl.maximum(m, top(largest, scale, e))
     shrunk = gl.exp2(before - m)
     logarithm = logarithms(s, m, scale, e)
     mbarrier.wait(full, phase)
-    s = start_scores(q, k)
-    # over at once; the compiler moves nothing across it, so that no exponential stands before the products' start
-    mbarrier.wait(full, phase)
-    p, more = powers(logarithm, e)
-    sums = more if FIRST else row_scaled(sums, shrunk) + more
+    started = start_scores(q, k)
     if not FIRST:
         o = row_scaled(o, shrunk)
-    e = gl.load(next_exponent)
+    numbers = gl.load(next_exponent), gl.load(next_scale)
+    mbarrier.wait(own_turn, turn)
+    p, more = powers(logarithm, e)
+    sums = more if FIRST else row_scaled(sums, shrunk) + more
     o = start_values(operand(p), v, o, FIRST)
-    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(other_turn)
+    s = biased(warpgroup_mma_wait(1, deps=[started]))
     largest = gl.max(s, 1)
     o = warpgroup_mma_wait(0, deps=[o])
-    return s, largest, o, m, sums, e
+    return s, largest, o, m, sums, numbers
 
 
 @gluon.jit
@@ -160,13 +185,15 @@ def last_probabilities(
     o: gl.tensor,
     m: gl.tensor,
     sums: gl.tensor,
-    e: gl.tensor,
-    scale: gl.tensor,
+    numbers: gl.tuple,
+    q_scale: gl.tensor,
     FIRST: gl.constexpr,
 ) -> gl.tuple:
     """P (64, keys) of the last block in float32, with `o` and `sums` ready for it; arguments as those of `step`."""
+    e, k_scale = numbers
+    scale = q_scale * k_scale
     before = m
-    m = gl.fma(largest, scale, e) if FIRST else gl.maximum(m, gl.fma(largest, scale, e))
+    m = top(largest, scale, e) if FIRST else gl.maximum(m, top(largest, scale, e))
     p, more = powers(logarithms(s, m, scale, e), e)
     if not FIRST:
         shrunk = gl.exp2(before - m)
