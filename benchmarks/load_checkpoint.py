@@ -1,11 +1,13 @@
 """How fast a big GGUF file becomes weights that a GPU could take, against reading the same file and doing nothing.
 
-    python benchmarks/load_checkpoint.py --gigabytes 12 --folder /tmp --out benchmarks/results
+    python benchmarks/load_checkpoint.py --gigabytes 12.7 --folder /tmp --out benchmarks/results
+    python benchmarks/load_checkpoint.py --storage Q4_K --device cuda
 
-A Q8_0 file with the names and shapes of FLUX.1-dev is written (as many blocks as fit the size; 12.7 GB is all of them),
+A file with the names and shapes of FLUX.1-dev is written (as many blocks as fit the size; 12.7 GB is all of them),
 read once by `cat FILE >/dev/null`, loaded by `gossamer.load_transformer`, and read by `cat` again, `--runs` times. In
 the row "cold" the file is taken out of the page cache before each, in "warm" it is left there. The file is deleted at
-the end. Loading copies every byte into memory of the process, or onto the GPU with `--device cuda`.
+the end. Loading copies every byte into memory of the process, or onto the GPU with `--device cuda`. `host_peak_bytes`
+is the most of the process that was resident meanwhile, pages of the mapped file included.
 """
 
 from __future__ import annotations
@@ -29,29 +31,28 @@ from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.checkpoints.flux_names import bfl_linears, bfl_norms
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 
-STORAGE = "Q8_0"
 CHUNK_BYTES = 64 << 20
 SMALL = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")  # published files keep them BF16
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def spec_of(gigabytes: float) -> FluxSpec:
+def spec_of(gigabytes: float, storage: str) -> FluxSpec:
     """FLUX.1-dev, with fewer blocks where the size does not hold all: one double block for two single ones."""
     for double in range(19, 0, -1):
         spec = FluxSpec(double, 2 * double, 24, 128, 64, 64, 4096, 768, guidance_embeds=True)
-        if sum(nbytes(*entry) for entry in shapes_of(spec).values()) <= gigabytes * 1e9:
+        if sum(nbytes(*entry) for entry in shapes_of(spec, storage).values()) <= gigabytes * 1e9:
             return spec
     raise SystemExit("The file has to hold at least one block of each kind: 1 GB.")
 
 
-def shapes_of(spec: FluxSpec) -> Shapes:
+def shapes_of(spec: FluxSpec, storage: str) -> Shapes:
     """Type and shape by BFL name, as published GGUF files choose them."""
     linears = linear_shapes(spec)
     shapes: Shapes = dict.fromkeys(bfl_norms(spec.num_layers, spec.num_single_layers), ("F32", (128,)))
     for name, parts in bfl_linears(spec.num_layers, spec.num_single_layers, spec.width, guidance=True).items():
         rows, width = sum(linears[part.name][0] for part in parts), linears[parts[0].name][1]
-        kind = "BF16" if name.startswith(SMALL) else STORAGE
+        kind = "BF16" if name.startswith(SMALL) else storage
         shapes |= {f"{name}.weight": (kind, (rows, width)), f"{name}.bias": ("F32", (rows,))}
     return shapes
 
@@ -68,8 +69,8 @@ def write_file(path: Path, shapes: Shapes) -> None:
     for name, (kind, shape) in shapes.items():
         number = gguf.GGMLQuantizationType[kind]
         block, size = gguf.GGML_QUANT_SIZES[number]
-        stored = (*shape[:-1], shape[-1] // block * size) if kind == STORAGE else shape
-        dtype = np.dtype(np.uint8 if kind == STORAGE else np.float32)
+        stored = (*shape[:-1], shape[-1] // block * size) if block > 1 else shape
+        dtype = np.dtype(np.uint8 if block > 1 else np.float32)
         writer.add_tensor_info(name, stored, dtype, nbytes(kind, shape), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -105,6 +106,19 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def begin_peak() -> None:
+    """Have the system count the most that is resident from now on."""
+    Path("/proc/self/clear_refs").write_text("5", "ascii")
+
+
+def status_bytes(key: str) -> int:
+    """An amount of memory of this process, as Linux counts it."""
+    lines = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines() if ":" in line
+    )
+    return int(lines[key].split()[0]) * 1024
+
+
 def seconds_of(work: Callable[[], None]) -> float:
     started = time.perf_counter()
     work()
@@ -115,6 +129,7 @@ def measure(path: Path, device: torch.device, runs: int, cold: bool) -> dict[str
     """Median rates in GB/s: `cat` before and after each loading, in turns, so that both meet the same disk."""
     size = path.stat().st_size / 1e9
     rates: dict[str, list[float]] = {"cat": [], "load": []}
+    begin_peak()
     for name, work in _turns(path, device, runs):
         if cold:
             forget(path)
@@ -126,6 +141,7 @@ def measure(path: Path, device: torch.device, runs: int, cold: bool) -> dict[str
         **{f"{name}_gb_per_second": round(value, 3) for name, value in medians.items()},
         **{f"{name}_all": [round(value, 3) for value in values] for name, values in rates.items()},
         "share_of_cat": round(medians["load"] / medians["cat"], 3),
+        "host_peak_bytes": status_bytes("VmHWM"),
     }
 
 
@@ -139,18 +155,25 @@ def _turns(path: Path, device: torch.device, runs: int) -> Iterator[tuple[str, C
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=12.7)
+    parser.add_argument("--storage", default="Q8_0", help="type of the linears: Q8_0, Q4_K, ...")
     parser.add_argument("--folder", type=Path, default=None, help="where the file is written (default: the system's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     device = torch.device(options.device)
-    shapes = shapes_of(spec_of(options.gigabytes))
+    shapes = shapes_of(spec_of(options.gigabytes, options.storage), options.storage)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "flux-Q8_0.gguf"
+        path = Path(folder) / f"flux-{options.storage}.gguf"
         write_file(path, shapes)
         size = path.stat().st_size
-        record = {**stamp(device), "threads": torch.get_num_threads(), "file_bytes": size, "tensors": len(shapes)}
+        record = {
+            **stamp(device),
+            "threads": torch.get_num_threads(),
+            "storage": options.storage,
+            "file_bytes": size,
+            "tensors": len(shapes),
+        }
         load(path, device)  # libraries are imported and set up by now
         record["rows"] = [measure(path, device, options.runs, cold) for cold in (True, False)]
     write_record(record_path(options.out, "load_checkpoint", record), record)
@@ -158,7 +181,8 @@ def main() -> None:
     for row in record["rows"]:
         print(
             f"{row['cache']}: cat {row['cat_gb_per_second']:.2f} GB/s, load {row['load_gb_per_second']:.2f} GB/s, "
-            f"{row['share_of_cat']:.2f} of it (load average {row['load_before']})"
+            f"{row['share_of_cat']:.2f} of it, {row['host_peak_bytes'] / 1e9:.2f} GB resident at most "
+            f"(load average {row['load_before']})"
         )
 
 

@@ -26,6 +26,7 @@ MARKS = {
     "decoded weights": "d",
     "activations": "~",
     "captured steps": "c",
+    "libraries": "l",
 }
 
 

@@ -28,6 +28,10 @@ TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 STRIP_BYTES = 13
 STRIP_BYTES_DOUBLED = 25
 
+# What libraries take, measured on one H200. cuDNN 9 for the largest convolution, times its result: it reorders operands
+# that are not channels_last, which would make decoding 1.5 times slower. It gets by with less where it has to.
+WORKSPACE = 2.5
+CUBLAS_BYTES = 35_000_000
 
 # the transformer ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +93,7 @@ def t5_operand_bytes(spec: T5Spec, activations: str) -> int:
 
 
 def vae_step_bytes(spec: VaeSpec, job: Job, placement: VaePlacement, activations: str) -> int:
-    """Decoding a picture, whole or strip by strip. What cuDNN takes besides is not known, and not counted."""
+    """Tensors of decoding a picture, whole or strip by strip."""
     wide = TYPE_BYTES[activations]
     latents = spec.latent * job.pixels // LATENT_SHRINK**2 * wide
     if placement == "whole":
@@ -98,6 +102,16 @@ def vae_step_bytes(spec: VaeSpec, job: Job, placement: VaePlacement, activations
     full = job.pixels * 2 * last * wide + STRIP_POSITIONS * last * STRIP_BYTES
     half = job.pixels * before // 4 * wide + STRIP_POSITIONS * before * STRIP_BYTES_DOUBLED
     return job.batch * (max(full, half) + latents)
+
+
+def vae_peak_bytes(spec: VaeSpec, job: Job, placement: VaePlacement, activations: str) -> int:
+    """The same with cuDNN's workspace, which is largest for the last convolution after sides were doubled."""
+    tensors = vae_step_bytes(spec, job, placement, activations)
+    if placement == "tiled" or len(spec.channels) < 2:
+        return tensors
+    channels = spec.channels[1]
+    doubled = math.ceil(channels / 4 + (2 + WORKSPACE) * channels)  # a pixel of the picture: before, around, and beside
+    return max(tensors, job.batch * job.pixels * doubled * TYPE_BYTES[activations])
 
 
 def _values_a_pixel(spec: VaeSpec) -> int:

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gossamer.memory.activations import (
+    CUBLAS_BYTES,
     largest_operand_bytes,
     modulation_operand_bytes,
     step_bytes,
     t5_operand_bytes,
     t5_step_bytes,
-    vae_step_bytes,
+    vae_peak_bytes,
     vectors_bytes,
 )
 from gossamer.memory.budget import HOST_BASE
@@ -84,11 +85,11 @@ def setting(
 
 def gpu_bytes(of: Setting, placement: Placement) -> Phases:
     """Bytes by phase and by what takes them."""
-    vae = {"VAE": vae_bytes(of.subject.spec.vae)}
+    always = {"VAE": vae_bytes(of.subject.spec.vae), **_operands(of), "libraries": CUBLAS_BYTES}
     reading, step, picture = _text_activations(of), _step(of, placement), _picture(of, placement)
     transformer = _transformer(of, placement)
     if placement.text == "resident":
-        everything = {**transformer, "text encoders": of.text_total, **vae}
+        everything = {**transformer, "text encoders": of.text_total, **always}
         captured = _captured(of, placement)
         phases = ({**captured, **reading}, step, {**captured, **picture})
         return {phase: {**everything, **own} for phase, own in zip(PHASES, phases, strict=True)}
@@ -97,9 +98,9 @@ def gpu_bytes(of: Setting, placement: Placement) -> Phases:
     else:
         encoders = max(placement.slots * each.layer + each.rest for each in (of.t5, of.clip))
     return {
-        "text": {"text encoders": encoders, **reading, **vae},
-        "denoise": {**transformer, **step, **vae},
-        "decode": {**vae, **picture},
+        "text": {"text encoders": encoders, **reading, **always},
+        "denoise": {**transformer, **step, **always},
+        "decode": {**always, **picture},
     }
 
 
@@ -130,31 +131,26 @@ def _step(of: Setting, placement: Placement) -> dict[str, int]:
     passing = min(placement.slots * of.weights.largest_modulation, of.weights.modulation)
     prepass = {"modulation": passing, "activations": vectors} if placement.modulation == "prepass" else {}
     step = {"activations": step_bytes(spec, job, of.activations, of.compute) + vectors}
-    largest = prepass if sum(prepass.values()) > sum(step.values()) else step
-    return {**_operands(of), **largest}
+    return prepass if sum(prepass.values()) > sum(step.values()) else step
 
 
 def _operands(of: Setting) -> dict[str, int]:
-    """One buffer for all decoded weights of the transformer; modulation linears decode to the activations' type."""
+    """One buffer for all decoded weights, which stays; those of modulation and T5 have the activations' type."""
     spec = of.subject.spec.transformer
     size = largest_operand_bytes(spec, of.compute) if of.decodes else 0
     if of.weights.modulation_storage != of.activations:
         size = max(size, modulation_operand_bytes(spec, of.activations))
+    if of.text_storage != of.activations:
+        size = max(size, t5_operand_bytes(of.subject.spec.t5, of.activations))
     return {"decoded weights": size} if size else {}
 
 
 def _text_activations(of: Setting) -> dict[str, int]:
-    spec = of.subject.spec.t5
-    parts = {"activations": t5_step_bytes(spec, of.job, of.activations)}
-    if of.text_storage != of.activations:
-        parts["decoded weights"] = t5_operand_bytes(spec, of.activations)
-    return parts
+    return {"activations": t5_step_bytes(of.subject.spec.t5, of.job, of.activations)}
 
 
 def _picture(of: Setting, placement: Placement) -> dict[str, int]:
-    """The operand buffer stays when the transformer leaves."""
-    activations = vae_step_bytes(of.subject.spec.vae, of.job, placement.vae, of.activations)
-    return {**_operands(of), "activations": activations}
+    return {"activations": vae_peak_bytes(of.subject.spec.vae, of.job, placement.vae, of.activations)}
 
 
 def host_bytes(of: Setting, placement: Placement) -> int:

@@ -82,5 +82,19 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Most that tensors took at once since the count began; None where nobody counts."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """Most that tensors took at once since the count began, and captured graphs beside them; None where nobody counts.
+
+    The memory of a graph is nobody else's between two replays, though no tensor has it then.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) + _idle_in_graphs(device)
+
+
+def _idle_in_graphs(device: torch.device) -> int:
+    """Of the pools that captured graphs have, what no tensor has now."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = [each for each in torch.cuda.memory_snapshot() if each["device"] == index]
+    return sum(
+        int(each["total_size"]) - int(each["allocated_size"]) for each in segments if each["segment_pool_id"] != (0, 0)
+    )
