@@ -113,10 +113,8 @@ def begin_peak() -> None:
 
 def status_bytes(key: str) -> int:
     """An amount of memory of this process, as Linux counts it."""
-    lines = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text("ascii").splitlines() if ":" in line
-    )
-    return int(lines[key].split()[0]) * 1024
+    text = Path("/proc/self/status").read_text("ascii")
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{key}:"))
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -167,16 +165,12 @@ def main() -> None:
         path = Path(folder) / f"flux-{options.storage}.gguf"
         write_file(path, shapes)
         size = path.stat().st_size
-        record = {
-            **stamp(device),
-            "threads": torch.get_num_threads(),
-            "storage": options.storage,
-            "file_bytes": size,
-            "tensors": len(shapes),
-        }
+        facts = {"storage": options.storage, "file_bytes": size, "tensors": len(shapes)}
+        record = {**stamp(device), "threads": torch.get_num_threads(), **facts}
         load(path, device)  # libraries are imported and set up by now
         record["rows"] = [measure(path, device, options.runs, cold) for cold in (True, False)]
-    write_record(record_path(options.out, "load_checkpoint", record), record)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_record(record_path(options.out, f"load_checkpoint_{options.storage}", record), record)
     print(f"{size / 1e9:.2f} GB, {len(shapes)} tensors")
     for row in record["rows"]:
         print(
