@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
-from gossamer.kernels.attention_codes_kernel import encode
+from gossamer.kernels.attention import heads_first
+from gossamer.kernels.attention_codes_kernel import Turn, encode
+from gossamer.kernels.attention_normed import turn_of
 from gossamer.kernels.pointwise import HeadNorm, Modulation, Rotation, TextNorm
 from gossamer.kernels.pointwise.backends import Pointwise, triton_functions
 
@@ -40,6 +43,12 @@ def in_turn(call: Callable[[torch.Tensor], object], buffers: list[torch.Tensor])
     """A call that takes the next buffer every time."""
     order = itertools.cycle(buffers)
     return lambda: call(next(order))
+
+
+def random_rotation(device: torch.device) -> Rotation:
+    """By angles of no meaning."""
+    angles = torch.rand(TOKENS, HEAD_SIZE // 2, device=device).repeat_interleave(2, dim=1)
+    return Rotation(angles.cos(), angles.sin())
 
 
 def row_cases(functions: Pointwise, name: str, dtype: torch.dtype, device: torch.device) -> list[Case]:
@@ -84,8 +93,7 @@ def other_cases(functions: Pointwise, device: torch.device) -> list[Case]:
     tokens = [torch.randn(2, 1, TOKENS, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
     single = [torch.randn(1, TOKENS, 3 * WIDTH + MLP_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2)]
     products = [torch.randint(-(2**20), 2**20, (TOKENS, WIDTH), dtype=torch.int32, device=device) for _ in range(SETS)]
-    angles = torch.rand(TOKENS, HEAD_SIZE // 2, device=device).repeat_interleave(2, dim=1)
-    rotation = Rotation(angles.cos(), angles.sin())
+    rotation = random_rotation(device)
     image, text = (HeadNorm(*torch.randn(2, HEAD_SIZE, device=device, dtype=torch.bfloat16)) for _ in range(2))
     gate = torch.randn(1, WIDTH, device=device, dtype=torch.bfloat16) * 0.1
     scales = torch.rand(TOKENS, device=device), torch.rand(WIDTH, device=device)
@@ -118,13 +126,21 @@ def other_cases(functions: Pointwise, device: torch.device) -> list[Case]:
 
 
 def attention_cases(device: torch.device) -> list[Case]:
-    """The codes of an attention in eight bits, from the buffer of a single block."""
-    single = [torch.randn(1, TOKENS, 3 * WIDTH + MLP_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
+    """The codes of an attention in eight bits, from the buffer of a block, normed and rotated on the way."""
+    wide = [torch.randn(1, TOKENS, 3 * WIDTH + MLP_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
+    rotation = random_rotation(device)
+    image, text = (HeadNorm(*torch.randn(2, HEAD_SIZE, device=device, dtype=torch.bfloat16)) for _ in range(2))
+    codes_bytes = 3 * TOKENS * WIDTH * 3 + 2 * TOKENS * HEAD_SIZE * 4
 
-    def codes(x: torch.Tensor) -> object:
-        return encode(*x[..., : 3 * WIDTH].unflatten(-1, (3, -1, HEAD_SIZE)).permute(2, 0, 3, 1, 4))
+    def codes(x: torch.Tensor, turn: Turn) -> object:
+        return encode(*heads_first(x[..., : 3 * WIDTH], HEAD_SIZE), turn)
 
-    return [("attention codes", in_turn(codes, single), 3 * TOKENS * WIDTH * 3)]
+    single = turn_of(rotation, image, None)
+    double = turn_of(rotation, image, TextNorm(TEXT_TOKENS, text))
+    return [
+        ("attention codes single", in_turn(partial(codes, turn=single), wide), codes_bytes),
+        ("attention codes double", in_turn(partial(codes, turn=double), wide), codes_bytes),
+    ]
 
 
 def cases(device: torch.device | None = None) -> list[Case]:

@@ -138,13 +138,19 @@ def read_component(folder: Path, component: str) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def all_in_one(folder: Path) -> dict[str, torch.Tensor]:
-    """A whole model as ComfyUI saves it."""
+def all_in_one(
+    folder: Path,
+    transformer: str = PREFIX,
+    clip: str = "text_encoders.clip_l.transformer.",
+    t5: str = "text_encoders.t5xxl.transformer.",
+    vae: str = "vae.",
+) -> dict[str, torch.Tensor]:
+    """A whole model as ComfyUI saves it, or with other prefixes."""
     parts = {
-        PREFIX: to_bfl(read_component(folder, "transformer")),
-        "text_encoders.clip_l.transformer.": read_component(folder, "text_encoder"),
-        "text_encoders.t5xxl.transformer.": read_component(folder, "text_encoder_2"),
-        "vae.": to_latent_diffusion(read_component(folder, "vae")),
+        transformer: to_bfl(read_component(folder, "transformer")),
+        clip: read_component(folder, "text_encoder"),
+        t5: read_component(folder, "text_encoder_2"),
+        vae: to_latent_diffusion(read_component(folder, "vae")),
     }
     return {f"{prefix}{name}": tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
 

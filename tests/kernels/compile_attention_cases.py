@@ -24,8 +24,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from gossamer.kernels import attention_eight_bit
+from gossamer.kernels.attention import heads_first
 from gossamer.kernels.attention_codes import HEAD
-from gossamer.kernels.attention_codes_kernel import WARPS, codes_kernel, empty_codes, plan_codes
+from gossamer.kernels.attention_codes_kernel import AS_THEY_ARE, Turn, codes_kernel, empty_codes, plan_codes
 from gossamer.kernels.attention_eight_bit_kernel import attention_eight_bit_kernel
 
 HEADS, TOKENS = 24, 4608
@@ -36,7 +37,7 @@ def compiled(kernel: JITFunction, arguments: tuple[Any, ...], source: type[ASTSo
     """Types, constants and alignments as Triton derives them from the arguments of a launch."""
     signature, constants, aligned = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
             continue
@@ -48,21 +49,40 @@ def compiled(kernel: JITFunction, arguments: tuple[Any, ...], source: type[ASTSo
     return compile_kernel(source(kernel, signature, constants, aligned), GPUTarget("cuda", 90, 32), options)
 
 
-def both() -> dict[str, Any]:
-    """The producer of codes and the attention, as a single block of FLUX.1 launches them."""
+def attended() -> list[torch.Tensor]:
+    """q, k and v of a single block of FLUX.1."""
     buffer = torch.empty(1, TOKENS, 7 * HEADS * HEAD, dtype=torch.bfloat16)
-    width = HEADS * HEAD
-    q, k, v = (buffer[..., i * width : (i + 1) * width].unflatten(-1, (HEADS, HEAD)).transpose(1, 2) for i in range(3))
+    return list(heads_first(buffer[..., : 3 * HEADS * HEAD], HEAD))
+
+
+def turns() -> dict[str, Turn]:
+    """What norms and rotates q and k: nothing, one weight for all tokens, or two."""
+    rotation = torch.empty(TOKENS, HEAD), torch.empty(TOKENS, HEAD)
+    weights = [torch.empty(HEAD, dtype=torch.bfloat16) for _ in range(4)]
+    return {
+        "codes": AS_THEY_ARE,
+        "codes of a single block": Turn(*rotation, *weights[:2]),
+        "codes of a double block": Turn(*rotation, *weights, text_tokens=512),
+    }
+
+
+def codes_of(turn: Turn) -> Any:
+    """The producer of codes."""
+    q, k, v = attended()
+    plan = plan_codes(q, k, v, *turn)
+    return compiled(codes_kernel, (q, k, v, *turn.tensors, *empty_codes(q), *plan.numbers), ASTSource, plan.warps)
+
+
+def attention() -> Any:
+    """Both products."""
+    q, _, _ = attended()
     codes = empty_codes(q)
     boxes = attention_eight_bit.boxes_of(codes.q8, codes.k8, codes.v8)
     out = torch.empty(1, TOKENS, HEADS, HEAD, dtype=torch.bfloat16)
     scales = codes.q_scales, codes.k_scales, codes.exponents
     numbers = attention_eight_bit.tile_numbers(q.shape)
-    attention = (boxes.queries, boxes.keys, boxes.values, out, *scales, *numbers)
-    return {
-        "codes": compiled(codes_kernel, (q, k, v, *codes, *plan_codes(q, k, v).numbers), ASTSource, WARPS),
-        "attention": compiled(attention_eight_bit_kernel, attention, GluonASTSource, attention_eight_bit.WARPS),
-    }
+    arguments = (boxes.queries, boxes.keys, boxes.values, out, *scales, *numbers)
+    return compiled(attention_eight_bit_kernel, arguments, GluonASTSource, attention_eight_bit.WARPS)
 
 
 # machine code ---------------------------------------------------------------------------------------------------------
@@ -101,14 +121,17 @@ def facts(kernel: Any) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     return {
         "shared_bytes": kernel.metadata.shared,
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr)[1]),
         "code": Counter(name.split(".")[0] for _, name, _ in code),
         "loops": inner_loops(code, "QGMMA"),
         "vector_loads": ptx.count("ld.global.v4.b32"),
         "vector_stores": ptx.count("st.global.v4.b32"),
+        "half_vector_stores": ptx.count("st.global.v2.b32"),
     }
 
 
 if __name__ == "__main__":
-    for title, kernel in both().items():
+    kernels = {title: codes_of(turn) for title, turn in turns().items()} | {"attention": attention()}
+    for title, kernel in kernels.items():
         print(json.dumps({"kernel": title, **facts(kernel)}), flush=True)

@@ -28,8 +28,8 @@ def low_rank(name, out, seed, scale=0.7, bias=False):
     return LowRank(name, down, up, scale, torch.randn(out) if bias else None)
 
 
-def packed_layers(storage, bias=True):
-    torch.manual_seed(0)
+def packed_layers(storage, bias=True, seed=0):
+    torch.manual_seed(seed)
     weights = [torch.randn(out, WIDTH) * 0.02 for out in OUTS]
     return [QuantLinear(pack(w, storage), torch.randn(len(w)) if bias else None) for w in weights]
 
@@ -166,6 +166,63 @@ def test_a_scale_that_passes_through_zero_between_two_calls_is_seen():
     term.scale = 0.7
     layers[0].add(term)
     assert torch.equal(group(Rows(x)), full)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("operand", [torch.float32, torch.float8_e4m3fn, torch.int8])
+def test_loaded_bytes_are_seen(storage, operand, bias, assign):
+    """By what is kept of a group and of a layer alone: merged copies, row scales, biases."""
+    x = torch.randn(2, 6, WIDTH)
+    layers, others = packed_layers(storage, bias), packed_layers(storage, bias, seed=1)
+    group, other = (group_of(executed(each, operand, keeps_merged=True)) for each in (layers, others))
+    for each in (group, other):
+        each.join()
+    before = [group(group.rows(x, TORCH)), layers[0](x)]
+    expected = [other(other.rows(x, TORCH)), others[0](x)]
+    nn.ModuleList(layers).load_state_dict(nn.ModuleList(others).state_dict(), assign=assign)
+    found = [group(group.rows(x, TORCH)), layers[0](x)]
+    for now, then, wanted in zip(found, before, expected, strict=True):
+        assert torch.equal(now, wanted)
+        assert not torch.equal(now, then)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("operand", [torch.float32, torch.float8_e4m3fn])
+def test_loaded_bytes_are_seen_below_an_adapter(storage, operand):
+    """The row scale of eight-bit floats is that of the base, measured once, and what the adapter adds."""
+    x = torch.randn(2, 6, WIDTH)
+    layers, others = packed_layers(storage), packed_layers(storage, seed=1)
+    for layer in (layers[1], others[1]):
+        layer.add(low_rank("style", OUTS[1], 1))
+    group, other = (group_of(executed(each, operand)) for each in (layers, others))
+    group(group.rows(x, TORCH))
+    nn.ModuleList(layers).load_state_dict(nn.ModuleList(others).state_dict())
+    assert torch.equal(group(group.rows(x, TORCH)), other(other.rows(x, TORCH)))
+
+
+@torch.inference_mode()
+def test_bytes_that_are_loaded_in_place_still_lie_side_by_side():
+    layers = packed_layers("nf4")
+    group = group_of(executed(layers, torch.float32))
+    group.join()
+    joined = group.joined
+    nn.ModuleList(layers).load_state_dict(nn.ModuleList(packed_layers("nf4", seed=1)).state_dict())
+    assert group.joined is joined is not None
+
+
+@torch.inference_mode()
+def test_another_bias_is_seen():
+    x, layers = torch.randn(1, 3, WIDTH), packed_layers("nf4")
+    group = group_of(executed(layers, torch.float32))
+    before, alone = group(Rows(x)), layers[0](x)
+    layers[0].bias = nn.Parameter(layers[0].bias + 1)
+    torch.testing.assert_close(group(Rows(x))[..., : OUTS[0]], before[..., : OUTS[0]] + 1)
+    torch.testing.assert_close(layers[0](x), alone + 1)
+    layers[0].bias = None
+    assert torch.equal(group(Rows(x))[..., OUTS[0] :], before[..., OUTS[0] :])
+    assert not torch.equal(layers[0](x), alone)
 
 
 @torch.inference_mode()

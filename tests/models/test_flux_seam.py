@@ -11,7 +11,7 @@ import torch
 
 from gossamer.kernels.pointwise.backends import TORCH
 from gossamer.models.flux import Operators, from_diffusers, run_block
-from gossamer.models.flux.attention import attend
+from gossamer.models.flux.operators import attention
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_every_function_goes_through_the_operators(ours, make_inputs):
     functions = {known.name: getattr(TORCH, known.name) for known in fields(TORCH) if known.name != "name"}
     pointwise = replace(TORCH, **{name: partial(counted, name, function) for name, function in functions.items()})
     expected = ours(**make_inputs(ours.config)).sample
-    ours.operators = Operators(pointwise, partial(counted, "attend", attend))
+    ours.operators = Operators(pointwise, partial(counted, "attention", attention))
     assert torch.equal(ours(**make_inputs(ours.config)).sample, expected)
     # 2 double blocks of two streams, 3 single blocks, and the norm after the last
     assert calls == {
@@ -133,5 +133,5 @@ def test_every_function_goes_through_the_operators(ours, make_inputs):
         "qk_norm_rope_": 2 + 3,
         "gelu_rows": 2 * 2,
         "gelu_concat": 3,
-        "attend": 2 + 3,
+        "attention": 2 + 3,
     }

@@ -10,6 +10,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from layout_models import QUICK, folder_of, folder_with, is_quantised, paint, transformer
 from safetensors.torch import save_file
 
 import checkpoint_writer as writer
@@ -24,27 +25,7 @@ from gossamer.pipeline.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = {"seed": 3, "steps": 1, "size": (64, 64)}
 SMALL = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
-
-
-def paint(model, **options):
-    return np.asarray(gossamer.load(model, **options)("a red sphere on top of a blue cube", **QUICK))
-
-
-def transformer():
-    return writer.read_component(model_folder(), "transformer")
-
-
-def folder_with(path, component, tensors) -> Path:
-    """The embedded model with other weights in one component."""
-    copy = Path(shutil.copytree(model_folder(), path))
-    for file in (copy / component).glob("*.safetensors*"):
-        file.unlink()
-    name = "diffusion_pytorch_model" if component in ("transformer", "vae") else "model"
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, copy / component / f"{name}.safetensors", {"format": "pt"})
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -216,24 +197,26 @@ def test_gguf_types_that_are_only_read_stay_as_stored(tmp_path, kind):
 # several tensors a weight ---------------------------------------------------------------------------------------------
 
 
-def four_bit(name, weight, nested=False):
+def four_bit(name, weight, kind="nf4", nested=False):
     """A weight as bitsandbytes saves it, and what it stands for by bitsandbytes."""
-    codes, state = bnb.quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=nested)
+    codes, state = bnb.quantize_4bit(weight.float(), quant_type=kind, compress_statistics=nested)
     tensors = {name: codes} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
     return tensors, bnb.dequantize_4bit(codes, state)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False], ids=["v1", "v2"])
-def test_nf4_of_forge(tmp_path, nested):
+def test_four_bits_of_forge(tmp_path, kind, nested):
     """The fused weights are four-bit lines that are cut between q, k and v; `img_in` is packed too."""
     state, tensors, values = writer.to_bfl(transformer()), {}, {}
     for name, tensor in state.items():
-        packed, decoded = ({name: tensor}, tensor.float()) if tensor.dim() == 1 else four_bit(name, tensor, nested)
+        plain = {name: tensor}, tensor.float()
+        packed, decoded = plain if tensor.dim() == 1 else four_bit(name, tensor, kind, nested)
         tensors |= {f"{writer.PREFIX}{key}": value for key, value in packed.items()}
         values[name] = decoded
-    file = writer.save(tmp_path / "nf4.safetensors", tensors)
+    file = writer.save(tmp_path / f"{kind}.safetensors", tensors)
     pipe = gossamer.load(file, base="embedded")
-    assert pipe.report.packed["transformer_blocks.0.attn.to_k"] == ("nf4-dq" if nested else "nf4")
+    assert pipe.report.packed["transformer_blocks.0.attn.to_k"] == (f"{kind}-dq" if nested else kind)
     pixels = np.asarray(pipe("a red sphere on top of a blue cube", **QUICK))
     reference = folder_with(tmp_path / "model", "transformer", writer.from_bfl(values, transformer()))
     assert np.abs(pixels.astype(int) - paint(reference)).max() <= 1, "bitsandbytes rounds its nested scales elsewhere"
@@ -256,25 +239,14 @@ def test_scaled_fp8(tmp_path):
 
 def test_component_folders_of_bitsandbytes(tmp_path):
     """The transformer and T5 of one folder in four bits, with the config that diffusers writes beside them."""
-    copy = Path(shutil.copytree(model_folder(), tmp_path / "bnb"))
-    reference = Path(shutil.copytree(model_folder(), tmp_path / "decoded"))
-    for part in ("transformer", "text_encoder_2"):
-        tensors, values = {}, {}
+    stored, decoded = ({part: {} for part in ("transformer", "text_encoder_2")} for _ in range(2))
+    for part in stored:
         for name, tensor in writer.read_component(model_folder(), part).items():
-            is_linear = tensor.dim() == 2 and not any(word in name for word in ("shared", "relative", "proj_out.w"))
-            packed, decoded = four_bit(name, tensor) if is_linear else ({name: tensor}, tensor)
-            tensors |= packed
-            values[name] = decoded
-        for folder, held in ((copy, tensors), (reference, values)):
-            for file in (folder / part).glob("*.safetensors*"):
-                file.unlink()
-            stem = "diffusion_pytorch_model" if part == "transformer" else "model"
-            save_file(
-                {name: tensor.contiguous() for name, tensor in held.items()}, folder / part / f"{stem}.safetensors"
-            )
-        config = json.loads((copy / part / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        (copy / part / "config.json").write_text(json.dumps(config))
+            is_packed = is_quantised(name, tensor)
+            packed, decoded[part][name] = four_bit(name, tensor) if is_packed else ({name: tensor}, tensor)
+            stored[part] |= packed
+    copy = folder_of(tmp_path / "bnb", stored, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    reference = folder_of(tmp_path / "decoded", decoded)
     pipe = gossamer.load(copy)
     assert pipe.report.packed["transformer_blocks.0.attn.to_q"] == "nf4"
     encoder = gossamer.linear_layers(pipe.components["text_encoder_2"])
@@ -307,6 +279,33 @@ def test_text_encoders_and_autoencoder_inside_are_used(tmp_path):
     pixels = paint(file, base="embedded")
     assert (pixels == paint(reference)).all()
     assert (pixels != paint("embedded")).any()
+
+
+def folders_in_one_file():
+    """The components of a diffusers folder behind their own names, nothing renamed."""
+    return {
+        f"{part}.{name}": tensor
+        for part in ("transformer", "text_encoder", "text_encoder_2", "vae")
+        for name, tensor in writer.read_component(model_folder(), part).items()
+    }
+
+
+# what stands before the components' names: of the transformer, CLIP, T5 and the autoencoder
+PREFIXES = {
+    "older": ("diffusion_model.", "cond_stage_model.clip_l.transformer.", "cond_stage_model.t5xxl.transformer.",
+              "first_stage_model."),
+    "conditioner": ("transformer.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.transformer.",
+                    "first_stage_model."),
+    "short": (writer.PREFIX, "text_encoders.clip_l.", "text_encoders.t5xxl.", "vae."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefixes", [*PREFIXES, "folders"])
+def test_all_in_one_behind_other_prefixes(tmp_path, prefixes, expected):
+    tensors = writer.all_in_one(model_folder(), *PREFIXES[prefixes]) if prefixes in PREFIXES else folders_in_one_file()
+    file = writer.save(tmp_path / "all.safetensors", tensors)
+    assert not open_model(str(file), "embedded").unneeded
+    assert (paint(file, base="embedded") == expected).all()
 
 
 def test_an_all_in_one_gguf(tmp_path, expected):

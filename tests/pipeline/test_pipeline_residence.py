@@ -294,7 +294,7 @@ def test_a_program_is_warned_of_a_smaller_plan():
 @pytest.fixture
 def cuda(monkeypatch):
     """The allocator of a card of 10 GB, as far as a cap looks at it."""
-    fake = SimpleNamespace(fraction=0.8, set=[])
+    fake = SimpleNamespace(fraction=0.8, set=[], grow=False)
 
     def set_fraction(fraction, index):
         fake.fraction = fraction
@@ -302,6 +302,15 @@ def cuda(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: fake.fraction)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_fraction)
+
+    def take_setting(text):
+        name, _, value = text.partition(":")
+        assert name == "expandable_segments"
+        fake.grow = value == "True"
+
+    settings = {"allocator_settings": {"expandable_segments": False}}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: settings)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", take_setting)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10 * 10**9))
     return fake
@@ -310,8 +319,8 @@ def cuda(monkeypatch):
 def test_the_cap_holds_inside_and_what_was_there_holds_afterwards(cuda):
     device = torch.device("cuda", 0)
     with gpu_memory.capped(device, 6 * 10**9):
-        assert cuda.fraction == 0.6
-    assert cuda.fraction == 0.8
+        assert (cuda.fraction, cuda.grow) == (0.6, True)
+    assert (cuda.fraction, cuda.grow) == (0.8, False)
 
     def run_out():
         with gpu_memory.capped(device, 20 * 10**9):
@@ -320,7 +329,7 @@ def test_the_cap_holds_inside_and_what_was_there_holds_afterwards(cuda):
 
     with pytest.raises(torch.OutOfMemoryError):
         run_out()
-    assert cuda.fraction == 0.8
+    assert (cuda.fraction, cuda.grow) == (0.8, False)
 
 
 def test_nothing_is_capped_where_nothing_was_promised(cuda):

@@ -2,8 +2,8 @@
 
     y = softmax(q @ k.T / sqrt(head_dim)) @ v        q, k, v, y (batch, heads, tokens, head_dim)
 
-`eight_bit` is our own kernel for Hopper: queries and keys are rounded to int8, probabilities and values to e4m3. All
-others are torch's and exact.
+`eight_bit` is our own kernel for Hopper: queries and keys are rounded to int8, probabilities and values to e4m3. It can
+norm and rotate queries and keys itself (`attention_normed`). All others are torch's and exact.
 
 For training only: on torch 2.11 and an H200, the backward pass of cuDNN at head_dim 32, 320 tokens and bf16 fails with
 an execution error. No failure of the forward pass is known; `backends` says when cuDNN is chosen.
@@ -41,3 +41,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
         )
     with sdpa_kernel(OF_TORCH[backend]):
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def heads_first(qkv: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values (batch, heads, tokens, head size) of a buffer (batch, tokens, 3 * width), as views.
+
+    The buffer is a tensor of its own, or its first columns, and a head is 256 bytes in FLUX.1: all that a view begins
+    with and steps by is a multiple of 16 bytes, as Hopper's copy engine needs it.
+    """
+    query, key, value = qkv.unflatten(-1, (3, -1, head_size)).permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+def tokens_first(attended: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, tokens, head size) to (batch, tokens, width): a view where tokens come first in memory."""
+    return attended.transpose(1, 2).flatten(2)

@@ -1,92 +1,56 @@
-"""Operands of an attention in eight bits, in Triton; `attention_codes` is the specification. One pass, a program for
-128 tokens of one head of q, k or v."""
+"""Operands of an attention in eight bits, in Triton; `attention_codes` is the specification.
+
+One pass over q, k and v, a program for 128 tokens of one head: of q and k together, or of v. On the way it norms and
+rotates queries and keys as `pointwise.rotary` does, where it is given what that takes; nothing is rounded in between.
+One load of cos and sin serves q and k.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from gossamer.kernels.attention_codes import BLOCK, LARGEST, LEAST, LOG2_SCALE, SMALLEST, STEPS, Codes
-from gossamer.kernels.pointwise.launch import Launcher, Plan
+from gossamer.errors import InvalidOptionError, UnsupportedShapeError
+from gossamer.kernels.attention_codes import BLOCK, HEAD, LARGEST, LEAST, LOG2_SCALE, SMALLEST, STEPS, Codes
+from gossamer.kernels.attention_codes_tiles import (
+    largest_of_rows,
+    load_rotation,
+    load_tokens,
+    load_weights,
+    norm_rotate,
+    store_rounded,
+    store_values,
+)
+from gossamer.kernels.pointwise.launch import Launch, Launcher, Plan, require_shape, require_unit_stride
+from gossamer.kernels.pointwise.modulate import EPS
+from gossamer.kernels.pointwise.triton_tiles import appended
 
 WARPS = 8
-# 1.5 * 2^23: added to a float32 below 2^22, it leaves the rounded number in the last bits
-ROUND = tl.constexpr(12582912.0)
+ROWS = 16  # tokens of a step: 8 values a thread, which a load of 16 bytes gives; twice as many take 170 registers
 
 
-@triton.jit
-def largest_of_rows(tile: tl.tensor, LEAST: tl.constexpr) -> tl.tensor:
-    """Bits of the largest magnitudes of a tile (tokens, HEAD), at least LEAST: ordered as the numbers are, NaN last."""
-    bits = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    return tl.maximum(bits, tl.full((), LEAST, tl.float32).to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def store_rounded(
-    codes: tl.tensor, tile: tl.tensor, largest: tl.tensor, offsets: tl.tensor, mask: tl.tensor, STEPS: tl.constexpr
-) -> None:
-    """Write a tile in steps of a 127th of `largest` (tokens,)."""
-    inverse = tl.div_rn(tl.zeros_like(largest) + STEPS, largest)
-    rounded = tl.fma(tile, tl.broadcast_to(inverse[:, None], tile.shape), tl.zeros_like(tile) + ROUND)
-    tl.store(codes + offsets, rounded.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
-
-
-@triton.jit
-def store_values(
-    codes: tl.tensor,
-    exponents: tl.tensor,
-    tile: tl.tensor,
-    head: tl.tensor,
-    block: tl.tensor,
-    blocks: tl.tensor,
-    HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    LARGEST: tl.constexpr,
-) -> None:
-    """Write v (BLOCK, HEAD), its keys in their order already, transposed and with one exponent."""
-    place, channel = tl.arange(0, BLOCK), tl.arange(0, HEAD)
-    largest = tl.max(tl.max(tl.abs(tile), 1), 0)
-    bits = largest.to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) - 135 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)  # 448 is 1.75 * 2^8
-    exponent = tl.minimum(tl.maximum(exponent, SMALLEST), LARGEST)
-    tl.store(exponents + head * blocks + block, exponent.to(tl.float32))
-    tile = tile * ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    row = (channel & -32) | ((channel >> 1 & 3) << 3) | ((channel >> 3 & 3) << 1) | (channel & 1)
-    start = codes + (head.to(tl.int64) * HEAD + row.to(tl.int64))[:, None] * (blocks * BLOCK) + block * BLOCK
-    tl.store(start + place[None, :], tl.trans(tile.to(codes.dtype.element_ty)))
-
-
-@triton.jit
-def load_tokens(
-    x: tl.tensor,
-    token: tl.tensor,
-    head: tl.tensor,
-    tokens: tl.tensor,
-    heads: tl.tensor,
-    batch_stride: tl.tensor,
-    head_stride: tl.tensor,
-    token_stride: tl.tensor,
-    HEAD: tl.constexpr,
-) -> tl.tensor:
-    """Tokens of one head in float32, zeros behind the last; `head` counts through the batch."""
-    begin = x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
-    pointer = begin + token.to(tl.int64)[:, None] * token_stride + tl.arange(0, HEAD)[None, :]
-    return tl.load(pointer, mask=(token < tokens)[:, None], other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=("tokens", "heads", "blocks"))
+@triton.jit(do_not_specialize=("tokens", "heads", "blocks", "text_tokens"))
 def codes_kernel(
     q: tl.tensor,  # (batch, heads, tokens, HEAD), channels side by side, as k and v
     k: tl.tensor,
     v: tl.tensor,
+    cos: tl.tensor,  # (tokens, HEAD), as sin; None, with all norm weights, where q and k are taken as they are
+    sin: tl.tensor,
+    query: tl.tensor,  # norm weights (HEAD,)
+    key: tl.tensor,
+    text_query: tl.tensor,  # those of the first `text_tokens` tokens, or None
+    text_key: tl.tensor,
     q8: tl.tensor,  # (batch, heads, tokens, HEAD) contiguous, as k8
     k8: tl.tensor,
     v8: tl.tensor,  # (batch * heads * HEAD, blocks * BLOCK) contiguous
     q_scales: tl.tensor,  # (batch, heads, tokens) contiguous
     k_scales: tl.tensor,  # (batch * heads, blocks) contiguous, as exponents
     exponents: tl.tensor,
+    text_tokens: tl.tensor,
+    eps: tl.tensor,
     tokens: tl.tensor,
     heads: tl.tensor,
     blocks: tl.tensor,
@@ -99,46 +63,136 @@ def codes_kernel(
     v_batch: tl.tensor,
     v_head: tl.tensor,
     v_token: tl.tensor,
+    cos_token: tl.tensor,
+    sin_token: tl.tensor,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     SMALLEST: tl.constexpr,
     LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
     STEPS: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
 ) -> None:
-    """One block of one head of q, k or v: the third number of the program says of which."""
+    """One block of one head: q and k, or v, as the third number of the program says.
+
+    q and k go ROWS tokens at a time: cos, sin and weights of all of them do not fit into the registers beside k, whose
+    scale is known when its last token is. Scales of q move between threads, which wait for each other: after the loop.
+    """
     block, head, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    place = tl.arange(0, BLOCK)
-    token = block * BLOCK + place
-    offsets = (head.to(tl.int64) * tokens + token.to(tl.int64))[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
-    mask = (token < tokens)[:, None]
     if which == 0:
-        tile = load_tokens(q, token, head, tokens, heads, q_batch, q_head, q_token, HEAD)
-        largest = largest_of_rows(tile, LEAST).to(tl.float32, bitcast=True)
-        tl.store(q_scales + head.to(tl.int64) * tokens + token, largest * (LOG2_SCALE / STEPS), mask=token < tokens)
-        store_rounded(q8, tile, largest, offsets, mask, STEPS)
-    elif which == 1:
-        tile = load_tokens(k, token, head, tokens, heads, k_batch, k_head, k_token, HEAD)
-        largest = tl.max(largest_of_rows(tile, LEAST), 0).to(tl.float32, bitcast=True)
-        tl.store(k_scales + head * blocks + block, largest * (1 / STEPS))
-        store_rounded(k8, tile, tl.zeros((BLOCK,), tl.float32) + largest, offsets, mask, STEPS)
+        row, turned, largest, peak = tl.arange(0, ROWS), (), (), tl.zeros((ROWS,), tl.int32)
+        start = head.to(tl.int64) * tokens + block * BLOCK
+        offsets = (start + row)[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
+        for part in tl.static_range(BLOCK // ROWS):
+            token = block * BLOCK + part * ROWS + row
+            queries = load_tokens(q, token, head, tokens, heads, q_batch, q_head, q_token, HEAD)
+            keys = load_tokens(k, token, head, tokens, heads, k_batch, k_head, k_token, HEAD)
+            if cos is not None:
+                cosines = load_rotation(cos, token, tokens, cos_token, ROWS, HEAD)
+                sines = load_rotation(sin, token, tokens, sin_token, ROWS, HEAD)
+                weights = load_weights(query, text_query, token < text_tokens, ROWS, HEAD)
+                queries = norm_rotate(queries, weights, cosines, sines, eps, ROWS, HEAD)
+                weights = load_weights(key, text_key, token < text_tokens, ROWS, HEAD)
+                keys = norm_rotate(keys, weights, cosines, sines, eps, ROWS, HEAD)
+            turned, peak = appended(turned, keys), tl.maximum(peak, largest_of_rows(keys, LEAST))
+            largest = appended(largest, largest_of_rows(queries, LEAST).to(tl.float32, bitcast=True))
+            mask = (token < tokens)[:, None]
+            store_rounded(q8, queries, largest[part], offsets + part * (ROWS * HEAD), mask, STEPS)
+        largest_key = tl.max(peak, 0).to(tl.float32, bitcast=True)
+        tl.store(k_scales + head * blocks + block, largest_key * (1 / STEPS))
+        for part in tl.static_range(BLOCK // ROWS):
+            inside = block * BLOCK + part * ROWS + row < tokens
+            tl.store(q_scales + start + part * ROWS + row, largest[part] * (LOG2_SCALE / STEPS), mask=inside)
+            every = tl.zeros((ROWS,), tl.float32) + largest_key
+            store_rounded(k8, turned[part], every, offsets + part * (ROWS * HEAD), inside[:, None], STEPS)
     else:
-        key = block * BLOCK + ((place & -16) | ((place >> 1 & 1) << 3) | ((place >> 2 & 3) << 1) | (place & 1))
-        tile = load_tokens(v, key, head, tokens, heads, v_batch, v_head, v_token, HEAD)
+        place = tl.arange(0, BLOCK)
+        key_at = block * BLOCK + ((place & -16) | ((place >> 1 & 1) << 3) | ((place >> 2 & 3) << 1) | (place & 1))
+        tile = load_tokens(v, key_at, head, tokens, heads, v_batch, v_head, v_token, HEAD)
         store_values(v8, exponents, tile, head, block, blocks, HEAD, BLOCK, SMALLEST, LARGEST)
 
 
-def plan_codes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Plan:
-    """How the kernel is launched."""
-    batch, heads, tokens, head = v.shape
+# launch ---------------------------------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    """What norms and rotates queries and keys, in the kernel's order; nothing does where all are None."""
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    text_query: torch.Tensor | None = None
+    text_key: torch.Tensor | None = None
+    text_tokens: int = 0
+    eps: float = EPS
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those of them that lie in memory."""
+        return self[:6]
+
+
+AS_THEY_ARE = Turn()
+
+
+def require_attendable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse shapes, types and strides that the kernels cannot take."""
+    if q.ndim != 4 or not q.shape == k.shape == v.shape or q.shape[-1] != HEAD or 0 in q.shape:
+        raise UnsupportedShapeError(
+            f"q, k and v of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} cannot be attended here",
+            f"attention in eight bits takes (batch, heads, tokens, {HEAD}), none empty, the same of each",
+            "use another attention backend",
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != torch.bfloat16:
+            raise InvalidOptionError(
+                f"{name} has type {x.dtype}",
+                "attention in eight bits takes torch.bfloat16",
+                f"convert {name}, or use another attention backend",
+            )
+    require_unit_stride(q=q, k=k, v=v)
+
+
+def require_turn(turn: Turn, tokens: int) -> None:
+    """Refuse a rotation and norm weights that do not fit this many tokens."""
+    given = {name: x for name, x in turn._asdict().items() if isinstance(x, torch.Tensor)}
+    require_unit_stride(**given)
+    for name, x in given.items():
+        require_shape((tokens, HEAD) if name in ("cos", "sin") else (HEAD,), **{name: x})
+
+
+def plan_codes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    text_query: torch.Tensor | None,
+    text_key: torch.Tensor | None,
+    text_tokens: int,
+    eps: float,
+) -> Plan:
+    """How the kernel is launched; refuses what does not fit."""
+    require_attendable(q, k, v)
+    batch, heads, tokens, head = q.shape
+    require_turn(Turn(cos, sin, query, key, text_query, text_key), tokens)
     blocks = -(-tokens // BLOCK)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    numbers = (tokens, heads, blocks, *strides, head, BLOCK, SMALLEST, LARGEST, LEAST, STEPS, LOG2_SCALE)
-    return Plan((blocks, batch * heads, 3), numbers, WARPS)
+    of_rotation = (cos.stride(0), sin.stride(0)) if cos is not None and sin is not None else (0, 0)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *of_rotation)
+    constants = (head, BLOCK, ROWS, SMALLEST, LARGEST, LEAST, STEPS, LOG2_SCALE)
+    return Plan((blocks, batch * heads, 2), (text_tokens, eps, tokens, heads, blocks, *strides, *constants), WARPS)
 
 
 codes_launch = Launcher(codes_kernel, plan_codes)
+
+
+def bound_codes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn) -> Launch:
+    """The launch for tensors of these layouts, whose last arguments are the codes."""
+    return codes_launch(q, k, v, *turn.tensors, options=(turn.text_tokens, turn.eps))
 
 
 def empty_codes(q: torch.Tensor) -> Codes:
@@ -159,8 +213,11 @@ def empty_codes(q: torch.Tensor) -> Codes:
     )
 
 
-def encode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Codes:
-    """`codes_in_torch` on a GPU: (batch, heads, tokens, 128) each, any views with unit stride along channels."""
+def encode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn = AS_THEY_ARE) -> Codes:
+    """`codes_in_torch` on a GPU: (batch, heads, tokens, 128) each, any views with unit stride along channels.
+
+    Of q and k as `turn` norms and rotates them, which are not written.
+    """
     codes = empty_codes(q)
-    codes_launch(q, k, v)(q, k, v, *codes)
+    bound_codes(q, k, v, turn)(q, k, v, *turn.tensors, *codes)
     return codes

@@ -1,6 +1,7 @@
 """Attention in eight bits, on Hopper: launch and operator. `attention_reference` is the same in torch.
 
-    codes      q and k to int8, v to e4m3 (`attention_codes_kernel`)
+    codes      q and k, normed and rotated first where `attention_normed` asks for it, to int8, v to e4m3
+               (`attention_codes_kernel`)
     product    q k^T in int8, softmax in float32, P v in e4m3 (`attention_eight_bit_kernel`)
 
 The copy engine reads codes through descriptors that the host makes: kept by address, since the allocator gives a model
@@ -17,13 +18,13 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gossamer.errors import InvalidOptionError, UnsupportedShapeError
+from gossamer.errors import InvalidOptionError
 from gossamer.kernels.attention_codes import BLOCK, HEAD, Codes
-from gossamer.kernels.attention_codes_kernel import codes_launch, empty_codes
+from gossamer.kernels.attention_codes_kernel import AS_THEY_ARE, Turn, bound_codes, empty_codes, require_attendable
 from gossamer.kernels.attention_eight_bit_kernel import GROUPS, attention_eight_bit_kernel
 from gossamer.kernels.attention_eight_bit_step import ROWS
 from gossamer.kernels.operators import through_operator
-from gossamer.kernels.pointwise.launch import Launch, Launcher, Plan, require_unit_stride
+from gossamer.kernels.pointwise.launch import Launcher, Plan
 
 TILE = GROUPS.value * ROWS.value  # queries of a program
 SLOTS = 3  # of the ring: 96 KiB of shared memory, beside 16 for queries
@@ -90,33 +91,14 @@ class ByPlace(Generic[Made]):
 # launch ---------------------------------------------------------------------------------------------------------------
 
 
-def require_attendable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Refuse shapes, types and strides that the kernels cannot take."""
-    if q.ndim != 4 or not q.shape == k.shape == v.shape or q.shape[-1] != HEAD or 0 in q.shape:
-        raise UnsupportedShapeError(
-            f"q, k and v of shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} cannot be attended here",
-            f"attention in eight bits takes (batch, heads, tokens, {HEAD}), none empty, the same of each",
-            "use another attention backend",
-        )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != torch.bfloat16:
-            raise InvalidOptionError(
-                f"{name} has type {x.dtype}",
-                "attention in eight bits takes torch.bfloat16",
-                f"convert {name}, or use another attention backend",
-            )
-    require_unit_stride(q=q, k=k, v=v)
-
-
-def _require_reachable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _require_reachable(q: torch.Tensor) -> None:
     """Refuse memory that is on no GPU; asked of tensors that have memory only."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.device.type != "cuda":
-            raise InvalidOptionError(
-                f"{name} is on {x.device}",
-                "attention in eight bits runs on NVIDIA GPUs of the Hopper generation",
-                "move the model there, or use another attention backend",
-            )
+    if q.device.type != "cuda":
+        raise InvalidOptionError(
+            f"q is on {q.device}",
+            "attention in eight bits runs on NVIDIA GPUs of the Hopper generation",
+            "move the model there, or use another attention backend",
+        )
 
 
 def tile_numbers(shape: torch.Size) -> tuple[float, ...]:
@@ -126,44 +108,26 @@ def tile_numbers(shape: torch.Size) -> tuple[float, ...]:
     return (tokens, heads, tiles, tiles * heads * batch, -(-tokens // BLOCK), BLOCK, SLOTS)
 
 
-def plan_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Plan:
-    """How the kernel is launched, at most one program a multiprocessor; refuses what does not fit."""
-    require_attendable(q, k, v)
-    _require_reachable(q, k, v)
+def plan_attention(q: torch.Tensor) -> Plan:
+    """How the kernel is launched for the codes of q, at most one program a multiprocessor."""
+    _require_reachable(q)
     numbers = tile_numbers(q.shape)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return Plan((min(int(numbers[3]), processors), 1, 1), numbers, WARPS)
 
 
 attention_launch = Launcher(attention_eight_bit_kernel, plan_attention)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Both launches for q, k and v where they are."""
-
-    codes: Launch
-    attention: Launch
-
-
-def bind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Bound:
-    """Refuses what does not fit."""
-    attention = attention_launch(q, k, v)
-    return Bound(codes_launch(q, k, v), attention)
-
-
-bound_at = ByPlace(bind)
 boxes_at = ByPlace(boxes_of)
 
 
-def launch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Run both kernels: (batch, tokens, heads, 128)."""
-    bound = bound_at(q, k, v)
+def launch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn: Turn = AS_THEY_ARE) -> torch.Tensor:
+    """Run both kernels, of q and k as `turn` norms and rotates them: (batch, tokens, heads, 128)."""
+    encode, attend = bound_codes(q, k, v, turn), attention_launch(q)  # what does not fit is refused before either runs
     codes = empty_codes(q)
-    bound.codes(q, k, v, *codes)
+    encode(q, k, v, *turn.tensors, *codes)
     batch, heads, tokens, head = q.shape
     out = torch.empty((batch, tokens, heads, head), dtype=q.dtype, device=q.device)
-    bound.attention(*_arguments(codes), out, codes.q_scales, codes.k_scales, codes.exponents)
+    attend(*_arguments(codes), out, codes.q_scales, codes.k_scales, codes.exponents)
     return out
 
 

@@ -40,9 +40,9 @@ from gossamer.kernels.attention_eight_bit_step import (
     step,
 )
 
-GROUPS = gl.constexpr(2)  # warpgroups that multiply
+GROUPS = gl.constexpr(3)  # warpgroups that multiply
 Q_BYTES = gl.constexpr(64 * 128)  # queries of a warpgroup
-GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(240), gl.constexpr(24)  # of a thread; the first group takes the rest
+GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(160), gl.constexpr(24)  # of a thread; the first group takes the rest
 
 
 @gluon.jit
@@ -90,7 +90,7 @@ def load(
 ) -> None:
     """The loading warp: queries of every tile, then its steps."""
     k, v, full, empty = ring
-    q, q_full, q_empty, _ = queries
+    q, q_full, q_empty = queries
     n = 0
     odd = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -159,11 +159,10 @@ def multiply(
 ) -> None:
     """A warpgroup: its 64 queries of every tile."""
     k, v, full, empty = ring
-    all_q, q_full, q_empty, turns = queries
+    all_q, q_full, q_empty = queries
     q_scales, k_scales, exponents = numbers
     q = all_q.index(GROUP).reshape([ROWS, HEAD])
     n = 0
-    c = 0
     odd = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         batch, head, row = place(tile, tiles, heads)
@@ -184,32 +183,24 @@ def multiply(
             slot = n % SLOTS
             s, largest, o, m, sums, of_block = step(
                 q, k.index(slot), v.index(slot), full.index(slot), n // SLOTS & 1,
-                s, largest, o, largest, largest, of_block, q_scale, exponent - 1, k_scale - 1,
-                turns.index(GROUP), turns.index(1 - GROUP), (c & 1) ^ (1 - GROUP), True,
+                s, largest, o, largest, largest, of_block, q_scale, exponent - 1, k_scale - 1, True,
             )  # fmt: skip
             mbarrier.arrive(empty.index(slot))
             n += 1
-            c += 1
             for i in range(2, blocks):
                 slot = n % SLOTS
                 s, largest, o, m, sums, of_block = step(
                     q, k.index(slot), v.index(slot), full.index(slot), n // SLOTS & 1,
-                    s, largest, o, m, sums, of_block, q_scale, exponent - i, k_scale - i,
-                    turns.index(GROUP), turns.index(1 - GROUP), (c & 1) ^ (1 - GROUP), False,
+                    s, largest, o, m, sums, of_block, q_scale, exponent - i, k_scale - i, False,
                 )  # fmt: skip
                 mbarrier.arrive(empty.index(slot))
                 n += 1
-                c += 1
-            mbarrier.wait(turns.index(GROUP), (c & 1) ^ (1 - GROUP))
             p, o, sums = last_probabilities(s, largest, o, m, sums, of_block, q_scale, False)
         else:
-            mbarrier.wait(turns.index(GROUP), (c & 1) ^ (1 - GROUP))
             p, o, sums = last_probabilities(s, largest, o, largest, largest, of_block, q_scale, True)
         mbarrier.arrive(q_empty.index(GROUP))
         slot = n % SLOTS
         p8 = operand(p)
-        mbarrier.arrive(turns.index(1 - GROUP))
-        c += 1
         mbarrier.wait(full.index(slot), n // SLOTS & 1)
         o = warpgroup_mma_wait(0, deps=[start_values(p8, v.index(slot), o, False)])
         mbarrier.arrive(empty.index(slot))
@@ -252,15 +243,16 @@ def attention_eight_bit_kernel(
     k = gl.allocate_shared_memory(k_desc.dtype, [SLOTS, 1, 1, KEYS, HEAD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [SLOTS, HEAD, KEYS], v_desc.layout)
     ring = (k, v, barriers(SLOTS, 1), barriers(SLOTS, GROUPS))
-    queries = (q, barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1))
+    queries = (q, barriers(GROUPS, 1), barriers(GROUPS, 1))
     numbers = (q_scales, k_scales, exponents)
     # constants have to stand in the call itself: a variable makes them values
     gl.warp_specialize(
         [
             (multiply, (0, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
             (multiply, (1, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
+            (multiply, (2, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
             (load, (q_desc, k_desc, v_desc, ring, queries, heads, tiles, total, blocks, KEYS, SLOTS)),
         ],
-        [4, 1],
-        [GROUP_REGISTERS, LOADER_REGISTERS],
+        [4, 4, 1],
+        [GROUP_REGISTERS, GROUP_REGISTERS, LOADER_REGISTERS],
     )

@@ -144,9 +144,6 @@ def step(
     q_scale: gl.tensor,
     next_exponent: gl.tensor,
     next_scale: gl.tensor,
-    own_turn: gl.shared_memory_descriptor,
-    other_turn: gl.shared_memory_descriptor,
-    turn: gl.tensor,
     FIRST: gl.constexpr,
 ) -> gl.tuple:
     """Exponentials and P v of a block of keys, and the scores of the next with their largest.
@@ -161,20 +158,16 @@ def step(
     before = m
     m = top(largest, scale, e) if FIRST else gl.maximum(m, top(largest, scale, e))
     shrunk = gl.exp2(before - m)
-    logarithm = logarithms(s, m, scale, e)
-    mbarrier.wait(full, phase)
-    started = start_scores(q, k)
+    p, more = powers(logarithms(s, m, scale, e), e)
+    sums = more if FIRST else row_scaled(sums, shrunk) + more
     if not FIRST:
         o = row_scaled(o, shrunk)
     numbers = gl.load(next_exponent), gl.load(next_scale)
-    mbarrier.wait(own_turn, turn)
-    p, more = powers(logarithm, e)
-    sums = more if FIRST else row_scaled(sums, shrunk) + more
-    o = start_values(operand(p), v, o, FIRST)
-    mbarrier.arrive(other_turn)
-    s = biased(warpgroup_mma_wait(1, deps=[started]))
+    p8 = operand(p)
+    mbarrier.wait(full, phase)
+    o = warpgroup_mma_wait(0, deps=[start_values(p8, v, o, FIRST)])
+    s = biased(warpgroup_mma_wait(0, deps=[start_scores(q, k)]))
     largest = gl.max(s, 1)
-    o = warpgroup_mma_wait(0, deps=[o])
     return s, largest, o, m, sums, numbers
 
 

@@ -10,7 +10,8 @@ with an `execution` the same runs through kernels and libraries, see `product`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,9 +43,9 @@ class QuantLinear(nn.Module):
         self.stored = weight if isinstance(weight, StoredWeight) else StoredWeight(weight)
         self.out_features, self.in_features = self.stored.shape
         self.compute = compute
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._execution: Execution | None = None
         self.revision = 0  # of anything that a product depends on, but for scales that are not 0
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._adapters: dict[str, Term] = {}
         self._product = GroupProduct()
 
@@ -88,6 +89,16 @@ class QuantLinear(nn.Module):
         """Have the operand of the layer alone made together with those of all other products of the model."""
         if self._execution is not None:
             self._product.enroll((self,), self._execution.workspace.terms, None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What an assignment to `bias` calls: another one is a change."""
+        super().register_parameter(name, param)
+        self._changed()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Take another bias; the weight counts its loads itself."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._changed()
 
     def rebase(self, stored: StoredWeight, bias: nn.Parameter | None) -> None:
         """Take another base weight and bias in place of the own ones; width, terms and execution stay."""

@@ -50,7 +50,7 @@ class GroupProduct:
         self._joined: Joined | None = None
         self._model: ModelTerms | None = None
         self._structure = -1  # the model's count that the operand was last found valid at
-        self._revisions: list[tuple[int, int]] | None = None
+        self._revisions: list[tuple[int, int, int]] | None = None
         self._operand: Operand | None = None
         self._writer: Writer | None = None
         self._keeper: Keeper | None = None
@@ -157,9 +157,9 @@ class GroupProduct:
         if self._keeper is not None:
             self._keeper()
 
-    def _count(self) -> list[tuple[int, int]]:
-        """Differs after every change of structure of a layer, and after every move of its bytes."""
-        return [(layer.revision, layer.stored.moves) for layer in self._layers]
+    def _count(self) -> list[tuple[int, int, int]]:
+        """Differs after every change of structure of a layer, and after every move or load of its bytes."""
+        return [(layer.revision, layer.stored.moves, layer.stored.loads) for layer in self._layers]
 
     def _plan(self) -> list[tuple[Packed, int, Wanted | None]]:
         """Stored bytes, rows and terms of each part: one in all where the bytes lie side by side, else one a layer."""
@@ -216,9 +216,9 @@ class GroupProduct:
         return scale, None
 
     def _base_scale(self, parts: tuple[Part, ...], execution: Execution) -> torch.Tensor:
-        """The row scale without adapters, measured again only after a layer got another weight, was widened, or came to
-        another device."""
-        key = [(layer.stored, layer.device, layer.in_features) for layer in self._layers]
+        """The row scale without adapters, measured again only after a layer got another weight or other bytes, was
+        widened, or came to another device."""
+        key = [(layer.stored, layer.stored.loads, layer.device, layer.in_features) for layer in self._layers]
         if self._base is None or self._base[0] != key:
             bare = [Part(part.packed, None, part.start, part.stop) for part in parts]
             scale = torch.empty(parts[-1].stop, dtype=torch.float32, device=parts[0].packed.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ class StoredWeight(nn.Module):
         self.shape = packed.shape
         self.roles = tuple(packed.tensors)
         self.moves = 0  # of the place where products read the bytes
+        self.loads = 0  # of other bytes, into the same place or a new one
         self.watcher: Watcher | None = None
         self.slot: Slot | None = None
         self._in_slot: Packed | None = None
@@ -122,8 +123,21 @@ class StoredWeight(nn.Module):
             self._moved()
         return self
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Take other bytes, copied into the own buffers or, with `assign`, in new ones: either is a change."""
+        before = self.kept.tensors
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.loads += 1
+        if any(self.tensor(role) is not before[role] for role in self.roles):
+            self._moved()
+        else:
+            self._changed()
+
     def _moved(self) -> None:
         self.moves += 1
+        self._changed()
+
+    def _changed(self) -> None:
         if self.watcher is not None:
             self.watcher.structure += 1
 

@@ -39,7 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def capped(device: torch.device, limit: int | None) -> Iterator[None]:
     """Inside, this process' allocator takes no more than `limit` bytes of the device; None is no limit.
 
-    The limit that was there before holds again afterwards.
+    Its segments may grow meanwhile, which leaves half the gaps between tensors. What was there before holds again
+    afterwards.
     """
     if device.type != "cuda" or limit is None:
         yield
@@ -50,9 +51,24 @@ def capped(device: torch.device, limit: int | None) -> Iterator[None]:
     total = int(torch.cuda.get_device_properties(index).total_memory)
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
     try:
-        yield
+        with _growing_segments():
+            yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before, index)
+
+
+@contextmanager
+def _growing_segments() -> Iterator[None]:
+    """Inside, new segments of the allocator may grow. torch's own name for the setting is all that it has for it."""
+    grew = torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+    if grew:
+        yield
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    try:
+        yield
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
 def unused_bytes(device: torch.device) -> int | None:

@@ -69,17 +69,27 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
 
 
-def qk_norm_rope_(
+def qk_norm_rope(
     qkv: torch.Tensor, rotation: Rotation, norm: HeadNorm, text: TextNorm | None = None, eps: float = EPS
-) -> torch.Tensor:
-    """Norm and rotate queries and keys in place; returns qkv."""
-    heads = head_count(qkv, rotation)
-    parts = qkv.unflatten(-1, (3, heads, -1))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys (batch, tokens, heads, dim), normed and rotated, in float32."""
+    parts = qkv.unflatten(-1, (3, head_count(qkv, rotation), -1))
     cut = text.tokens if text is not None else 0
-    for part, weight in enumerate(("query", "key")):
+
+    def turned(part: int, weight: str) -> torch.Tensor:
         x = parts[:, :, part]
         normed = _norm(x[:, cut:], getattr(norm, weight), eps)
         if text is not None:
             normed = torch.cat((_norm(x[:, :cut], getattr(text.norm, weight), eps), normed), dim=1)
-        x.copy_(rotate(normed, rotation))
+        return rotate(normed, rotation)
+
+    return turned(0, "query"), turned(1, "key")
+
+
+def qk_norm_rope_(
+    qkv: torch.Tensor, rotation: Rotation, norm: HeadNorm, text: TextNorm | None = None, eps: float = EPS
+) -> torch.Tensor:
+    """Norm and rotate queries and keys in place; returns qkv."""
+    for part, turned in enumerate(qk_norm_rope(qkv, rotation, norm, text, eps)):
+        qkv.unflatten(-1, (3, -1, turned.shape[-1]))[:, :, part].copy_(turned)
     return qkv

@@ -19,7 +19,7 @@ from torch import nn
 from gossamer.kernels.pointwise import Rows, TextNorm
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.layers import LinearGroup
-from gossamer.models.flux.attention import DoubleAttention, SingleAttention, heads_first, tokens_first
+from gossamer.models.flux.attention import DoubleAttention, SingleAttention
 from gossamer.models.flux.modulation import (
     AdaLN,
     DoubleVectors,
@@ -95,8 +95,8 @@ class DoubleBlock(nn.Module):
         attn.text_projections(state.normed("text", vectors.text.attention, rows_type, pointwise), qkv[:, :cut])
         rows_type = attn.projections.rows_type(state.dtype)
         attn.projections(state.normed("image", vectors.image.attention, rows_type, pointwise), qkv[:, cut:])
-        pointwise.qk_norm_rope_(qkv, shared.rotation, attn.head_norm, TextNorm(cut, attn.text_head_norm))
-        return tokens_first(operators.attend(*heads_first(qkv, attn.head_size)))
+        text = TextNorm(cut, attn.text_head_norm)
+        return operators.attention(qkv, shared.rotation, attn.head_norm, text, pointwise)
 
 
 def _finish(
@@ -142,7 +142,6 @@ class SingleBlock(nn.Module):
         x = state.normed("all", vectors.norm, self.first.rows_type(state.dtype), pointwise)
         buffer = self.first(x, state.empty((3 + MLP_RATIO) * width))
         qkv, mlp = buffer[..., : 3 * width], buffer[..., 3 * width :]
-        pointwise.qk_norm_rope_(qkv, shared.rotation, self.attn.head_norm, None)
-        attended = tokens_first(operators.attend(*heads_first(qkv, self.attn.head_size)))
+        attended = operators.attention(qkv, shared.rotation, self.attn.head_norm, None, pointwise)
         rows = pointwise.gelu_concat(attended, mlp, self.last.rows_type(state.dtype))
         state.add("all", vectors.gate, self.last(rows), pointwise)

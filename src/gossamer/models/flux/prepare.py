@@ -9,7 +9,6 @@ from functools import partial
 
 from torch import nn
 
-from gossamer.kernels.attention import attend
 from gossamer.kernels.backends import attention_backend
 from gossamer.kernels.capability import Capability
 from gossamer.kernels.choice import Choice
@@ -20,7 +19,7 @@ from gossamer.models.execute import TYPES, execute, pointwise_functions
 from gossamer.models.flux.blocks import DoubleBlock, SingleBlock
 from gossamer.models.flux.cuda_graphs import CudaGraphs
 from gossamer.models.flux.graph import GraphedSteps
-from gossamer.models.flux.operators import Operators
+from gossamer.models.flux.operators import Operators, attention_through
 from gossamer.models.flux.step import run_step
 from gossamer.models.flux.transformer import FluxTransformer
 from gossamer.models.flux_spec import SENSITIVE, is_modulation
@@ -71,7 +70,7 @@ def prepare(
     pointwise = pointwise_functions(capability)
     activations, compute = _activations(model, choices), _products(model, _groups(model))
     picked = attention_backend(capability, activations, head_dim, compute=compute, wish=attention).name
-    model.operators = Operators(pointwise, partial(attend, backend=picked))
+    model.operators = Operators(pointwise, attention_through(picked))
     join_groups(model)
     _enroll(model)
     why_not = _no_graphs(capability, graphs)
