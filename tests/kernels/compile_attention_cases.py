@@ -30,6 +30,7 @@ from gossamer.kernels.attention_codes_kernel import AS_THEY_ARE, Turn, codes_ker
 from gossamer.kernels.attention_eight_bit_kernel import attention_eight_bit_kernel
 
 HEADS, TOKENS = 24, 4608
+PROCESSORS = 132  # of an H200
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -80,7 +81,7 @@ def attention() -> Any:
     boxes = attention_eight_bit.boxes_of(codes.q8, codes.k8, codes.v8)
     out = torch.empty(1, TOKENS, HEADS, HEAD, dtype=torch.bfloat16)
     scales = codes.q_scales, codes.k_scales, codes.exponents
-    numbers = attention_eight_bit.tile_numbers(q.shape)
+    numbers = attention_eight_bit.tile_numbers(q.shape, PROCESSORS)
     arguments = (boxes.queries, boxes.keys, boxes.values, out, *scales, *numbers)
     return compiled(attention_eight_bit_kernel, arguments, GluonASTSource, attention_eight_bit.WARPS)
 

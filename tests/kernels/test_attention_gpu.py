@@ -77,7 +77,7 @@ def test_lengths(tokens):
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(4608, 24, 9216), (4608, 24, 21504), (4609, 2, None)])
 def test_the_sizes_of_flux(tokens, heads, width):
     q, k, v = views(1, tokens, heads, width)
-    some = slice(0, 2)
+    some = [0, heads - 1]  # the last tiles are narrow
     y = attend(q, k, v, "eight_bit")
     assert y.isfinite().all()
     assert relative(y[:, some], attend_in_torch(q[:, some], k[:, some], v[:, some])) < 0.01

@@ -14,7 +14,7 @@ from gossamer.errors import InvalidOptionError, UnsupportedShapeError
 from gossamer.kernels.attention import attend, heads_first
 from gossamer.kernels.attention_codes import HEAD, Codes, codes_in_torch
 from gossamer.kernels.attention_codes_kernel import AS_THEY_ARE, Turn, bound_codes, empty_codes
-from gossamer.kernels.attention_eight_bit import KEPT, ByPlace, attend_eight_bit, boxes
+from gossamer.kernels.attention_eight_bit import KEPT, ByPlace, attend_eight_bit, boxes, cut
 from gossamer.kernels.attention_normed import attend_normed, turn_of
 from gossamer.kernels.attention_reference import normed_codes_in_torch
 from gossamer.kernels.pointwise import HeadNorm, Rotation, TextNorm
@@ -252,3 +252,26 @@ def test_what_is_refused_is_not_kept():
     q, k, v = views(1, 8, 2)
     for _ in range(2):
         assert "cpu" in refused(q, k, v, InvalidOptionError)
+
+
+# tiles ----------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(tile: int, tiles: int, wide: int) -> tuple[int, range]:
+    """Head and rows of 64 queries of a tile, as the kernel's `place` has them."""
+    index, each, groups = (tile, tiles, 3) if tile < wide else (tile + wide // 2, tiles + tiles // 2, 2)
+    return index // each, range(index % each * groups, (index % each + 1) * groups)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5, 24, 25])
+@pytest.mark.parametrize("heads", [1, 3, 24, 48])
+@pytest.mark.parametrize("programs", [1, 7, 78, 132])
+def test_every_row_is_in_one_tile(tiles, heads, programs):
+    wide, total = cut(tiles, heads, programs)
+    assert wide == total or (wide % programs == 0 and total - wide <= programs)
+    found = [(head, row) for head, rows in (rows_of(tile, tiles, wide) for tile in range(total)) for row in rows]
+    assert sorted(found) == [(head, row) for head in range(heads) for row in range(3 * tiles)]
+
+
+def test_flux_at_its_own_size_has_narrow_tiles():
+    assert cut(24, 24, 132) == (528, 528 + 72)

@@ -310,7 +310,7 @@ def cuda(monkeypatch):
 
     settings = {"allocator_settings": {"expandable_segments": False}}
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: settings)
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", take_setting)
+    monkeypatch.setattr(gpu_memory, "_set_allocator", take_setting)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10 * 10**9))
     return fake

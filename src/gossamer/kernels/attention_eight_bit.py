@@ -21,12 +21,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from gossamer.errors import InvalidOptionError
 from gossamer.kernels.attention_codes import BLOCK, HEAD, Codes
 from gossamer.kernels.attention_codes_kernel import AS_THEY_ARE, Turn, bound_codes, empty_codes, require_attendable
-from gossamer.kernels.attention_eight_bit_kernel import GROUPS, attention_eight_bit_kernel
+from gossamer.kernels.attention_eight_bit_kernel import GROUPS, NARROW_GROUPS, attention_eight_bit_kernel
 from gossamer.kernels.attention_eight_bit_step import ROWS
 from gossamer.kernels.operators import through_operator
 from gossamer.kernels.pointwise.launch import Launcher, Plan
 
-TILE = GROUPS.value * ROWS.value  # queries of a program
+TILE = GROUPS.value * ROWS.value  # queries of a wide tile
 SLOTS = 3  # of the ring: 96 KiB of shared memory, beside 16 for queries
 WARPS = 4  # of a warpgroup
 
@@ -101,19 +101,30 @@ def _require_reachable(q: torch.Tensor) -> None:
         )
 
 
-def tile_numbers(shape: torch.Size) -> tuple[float, ...]:
-    """The kernel's parameters behind its tensors, for q (batch, heads, tokens, 128)."""
+def cut(tiles: int, heads: int, programs: int) -> tuple[int, int]:
+    """How many tiles are wide, and how many there are, for `tiles` wide ones of each head in so many programs."""
+    whole = tiles * heads
+    left = whole % programs
+    narrow = left * GROUPS.value // NARROW_GROUPS.value
+    if tiles % 2 or programs % 2 or not 0 < narrow <= programs:
+        return whole, whole
+    return whole - left, whole - left + narrow
+
+
+def tile_numbers(shape: torch.Size, programs: int) -> tuple[float, ...]:
+    """The kernel's parameters behind its tensors, for q (batch, heads, tokens, 128) and at most so many programs."""
     batch, heads, tokens, _ = shape
     tiles = -(-tokens // TILE)
-    return (tokens, heads, tiles, tiles * heads * batch, -(-tokens // BLOCK), BLOCK, SLOTS)
+    wide, total = cut(tiles, heads * batch, programs)
+    return (tokens, heads, tiles, wide, total, -(-tokens // BLOCK), BLOCK, SLOTS)
 
 
 def plan_attention(q: torch.Tensor) -> Plan:
     """How the kernel is launched for the codes of q, at most one program a multiprocessor."""
     _require_reachable(q)
-    numbers = tile_numbers(q.shape)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return Plan((min(int(numbers[3]), processors), 1, 1), numbers, WARPS)
+    numbers = tile_numbers(q.shape, processors)
+    return Plan((min(int(numbers[4]), processors), 1, 1), numbers, WARPS)
 
 
 attention_launch = Launcher(attention_eight_bit_kernel, plan_attention)

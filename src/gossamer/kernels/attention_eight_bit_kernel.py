@@ -1,8 +1,11 @@
 """Attention whose products are in int8 and in e4m3, for Hopper's tensor cores: tiles, warps and the ring between them.
 
-A program works through tiles of 128 queries of one head. One warp loads; each of two warpgroups has 64 queries of its
-own (`attention_eight_bit_step`), so that one's exponentials run while the other's products do. Channels of v are stored
-so that a thread ends up with 8 neighbours of the result, which it writes at once.
+A program works through tiles of 192 queries of one head. One warp loads; each of three warpgroups has 64 queries of its
+own (`attention_eight_bit_step`), so that some take exponentials while others multiply. Channels of v are stored so that
+a thread ends up with 8 neighbours of the result, which it writes at once.
+
+Tiles that are left for the last round, fewer than there are programs, are cut anew into tiles of 128 queries where that
+still is a round: two warpgroups on more multiprocessors are sooner done than three on few. The third lets it pass by.
 
 Ring. Step i of a tile has k of block i and v of block i - 1 in one slot (no v in step 0, no k in the last), because
 they are multiplied at the same time. Blocks run from the last to the first: only the first step may need a mask.
@@ -40,16 +43,19 @@ from gossamer.kernels.attention_eight_bit_step import (
     step,
 )
 
-GROUPS = gl.constexpr(3)  # warpgroups that multiply
+GROUPS, NARROW_GROUPS = gl.constexpr(3), gl.constexpr(2)  # warpgroups that multiply, in a wide and in a narrow tile
 Q_BYTES = gl.constexpr(64 * 128)  # queries of a warpgroup
 GROUP_REGISTERS, LOADER_REGISTERS = gl.constexpr(160), gl.constexpr(24)  # of a thread; the first group takes the rest
 
 
 @gluon.jit
-def place(tile: gl.tensor, tiles: gl.tensor, heads: gl.tensor) -> gl.tuple:
-    """Batch, head and first query of a tile; `tiles` a head."""
-    head = tile // tiles
-    return head // heads, head % heads, tile % tiles * (GROUPS * ROWS)
+def place(tile: gl.tensor, tiles: gl.tensor, wide: gl.tensor, heads: gl.tensor) -> gl.tuple:
+    """Batch, head and first query of a tile; `tiles` wide ones a head, of which the first `wide` are that."""
+    is_wide = tile < wide
+    index = gl.where(is_wide, tile, tile + wide // 2)  # two wide tiles are three narrow ones
+    each = gl.where(is_wide, tiles, tiles + tiles // 2)
+    head = index // each
+    return head // heads, head % heads, index % each * gl.where(is_wide, GROUPS * ROWS, NARROW_GROUPS * ROWS)
 
 
 # the loader -----------------------------------------------------------------------------------------------------------
@@ -83,6 +89,7 @@ def load(
     queries: gl.tuple,
     heads: gl.tensor,
     tiles: gl.tensor,
+    wide: gl.tensor,
     total: gl.tensor,
     blocks: gl.tensor,
     KEYS: gl.constexpr,
@@ -94,7 +101,7 @@ def load(
     n = 0
     odd = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, head, row = place(tile, tiles, heads)
+        batch, head, row = place(tile, tiles, wide, heads)
         load_queries(q_desc, q, q_full, q_empty, batch, head, row, odd)
         channel = (batch * heads + head) * HEAD
         for i in range(blocks + 1):
@@ -113,6 +120,21 @@ def load(
 
 
 # a warpgroup ----------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def pass_by(
+    full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor,
+    n: gl.tensor,
+    steps: gl.tensor,
+    SLOTS: gl.constexpr,
+) -> None:
+    """Let so many steps from n on go by, unread."""
+    for i in range(n, n + steps):
+        slot = i % SLOTS
+        mbarrier.wait(full.index(slot), i // SLOTS & 1)
+        mbarrier.arrive(empty.index(slot))
 
 
 @gluon.jit
@@ -152,20 +174,21 @@ def multiply(
     tokens: gl.tensor,
     heads: gl.tensor,
     tiles: gl.tensor,
+    wide: gl.tensor,
     total: gl.tensor,
     blocks: gl.tensor,
     KEYS: gl.constexpr,
     SLOTS: gl.constexpr,
 ) -> None:
-    """A warpgroup: its 64 queries of every tile."""
+    """A warpgroup: its 64 queries of every tile, of every wide one where GROUP is the last."""
     k, v, full, empty = ring
     all_q, q_full, q_empty = queries
     q_scales, k_scales, exponents = numbers
     q = all_q.index(GROUP).reshape([ROWS, HEAD])
     n = 0
     odd = 0
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        batch, head, row = place(tile, tiles, heads)
+    for tile in range(gl.program_id(0), total if GROUP < NARROW_GROUPS else wide, gl.num_programs(0)):
+        batch, head, row = place(tile, tiles, wide, heads)
         last = (batch * heads + head) * blocks + blocks - 1
         exponent, k_scale = exponents + last, k_scales + last
         of_block = gl.load(exponent), gl.load(k_scale)
@@ -207,6 +230,8 @@ def multiply(
         n += 1
         store_rows(out, o, sums, batch, head, row + GROUP * ROWS, tokens, heads)
         odd = odd ^ 1
+    if GROUP >= NARROW_GROUPS:
+        pass_by(full, empty, n, gl.where(gl.program_id(0) < total - wide, blocks + 1, 0), SLOTS)
 
 
 # the kernel -----------------------------------------------------------------------------------------------------------
@@ -221,7 +246,7 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr) -> gl.shared_memory_de
     return made
 
 
-@gluon.jit(do_not_specialize=["tokens", "heads", "tiles", "total", "blocks"])
+@gluon.jit(do_not_specialize=["tokens", "heads", "tiles", "wide", "total", "blocks"])
 def attention_eight_bit_kernel(
     q_desc: gl.tensor,  # boxes of (1, 1, 64, 128) of (batch, heads, tokens, 128) in int8
     k_desc: gl.tensor,  # boxes of (1, 1, KEYS, 128)
@@ -233,12 +258,16 @@ def attention_eight_bit_kernel(
     tokens: gl.tensor,
     heads: gl.tensor,
     tiles: gl.tensor,
+    wide: gl.tensor,
     total: gl.tensor,
     blocks: gl.tensor,
     KEYS: gl.constexpr,
     SLOTS: gl.constexpr,
 ) -> None:
-    """Tiles of 128 queries, `tiles` a head and `total` in all; `blocks` of KEYS keys a head."""
+    """Tiles of 192 queries, `tiles` a head; `blocks` of KEYS keys a head.
+
+    The first `wide` of `total` tiles are that; behind them stand narrow ones, of 128 queries, one a program at most.
+    """
     q = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, ROWS, HEAD], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [SLOTS, 1, 1, KEYS, HEAD], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [SLOTS, HEAD, KEYS], v_desc.layout)
@@ -248,10 +277,10 @@ def attention_eight_bit_kernel(
     # constants have to stand in the call itself: a variable makes them values
     gl.warp_specialize(
         [
-            (multiply, (0, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
-            (multiply, (1, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
-            (multiply, (2, out, numbers, ring, queries, tokens, heads, tiles, total, blocks, KEYS, SLOTS)),
-            (load, (q_desc, k_desc, v_desc, ring, queries, heads, tiles, total, blocks, KEYS, SLOTS)),
+            (multiply, (0, out, numbers, ring, queries, tokens, heads, tiles, wide, total, blocks, KEYS, SLOTS)),
+            (multiply, (1, out, numbers, ring, queries, tokens, heads, tiles, wide, total, blocks, KEYS, SLOTS)),
+            (multiply, (2, out, numbers, ring, queries, tokens, heads, tiles, wide, total, blocks, KEYS, SLOTS)),
+            (load, (q_desc, k_desc, v_desc, ring, queries, heads, tiles, wide, total, blocks, KEYS, SLOTS)),
         ],
         [4, 4, 1],
         [GROUP_REGISTERS, GROUP_REGISTERS, LOADER_REGISTERS],

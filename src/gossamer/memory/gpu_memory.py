@@ -59,16 +59,22 @@ def capped(device: torch.device, limit: int | None) -> Iterator[None]:
 
 @contextmanager
 def _growing_segments() -> Iterator[None]:
-    """Inside, new segments of the allocator may grow. torch's own name for the setting is all that it has for it."""
+    """Inside, new segments of the allocator may grow; torch has no public name for this."""
     grew = torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
     if grew:
         yield
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    _set_allocator("expandable_segments:True")
     try:
         yield
     finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        _set_allocator("expandable_segments:False")
+
+
+def _set_allocator(setting: str) -> None:
+    """What `PYTORCH_ALLOC_CONF` sets, from now on; torch renamed it."""
+    renamed = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (renamed or torch.cuda.memory._set_allocator_settings)(setting)
 
 
 def unused_bytes(device: torch.device) -> int | None:
