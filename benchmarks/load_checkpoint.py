@@ -13,6 +13,7 @@ is the most of the process that was resident meanwhile, pages of the mapped file
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import subprocess
@@ -98,6 +99,7 @@ def load(path: Path, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     del model
+    gc.collect()  # blocks and their groups know each other
 
 
 def forget(path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The tables of README and docs/speed.md, from the records of the benchmarks on a GPU.
+"""The tables of README, docs/speed.md and docs/planning.md, from the records of the benchmarks on a GPU.
 
-    PYTHONPATH=src python benchmarks/speed_tables.py --write README.md docs/speed.md
+    PYTHONPATH=src python benchmarks/speed_tables.py --write README.md docs/speed.md docs/planning.md
     PYTHONPATH=src python benchmarks/speed_tables.py --machine nvidia-h200 --date 2026-11-20
 
 Without --write every table is printed. A file has room for the table NAME between the lines `<!-- NAME: begin -->` and
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import plot_fits
 from embedded_paths import table as paths_table
 from embedded_table import filled, table
 from flux_step_cases import OURS
@@ -43,6 +44,9 @@ def tables(ending: str) -> dict[str, str]:
     sources: dict[str, tuple[str, Callable[[Record], str]]] = {
         "flux-step": ("flux_step", step_table),
         "flux-promises": ("flux_step", promises),
+        "flux-step-later": ("flux_step_later", step_table),
+        "fits": ("fits", fits_table),
+        "fits-promises": ("fits", fits_promises),
         "kernels": ("kernels", kernel_table),
         "attention": ("attention", attention_table),
         "embedded-paths": ("embedded_paths", path_table),
@@ -73,6 +77,16 @@ def step_table(record: Record) -> str:
 def promises(record: Record) -> str:
     """Our time over another's beside what was aimed at."""
     return promise_table({name_of(row): row for row in record["rows"]}) + "\n"
+
+
+def fits_table(record: Record) -> str:
+    """Whole pictures in given amounts of GPU memory."""
+    return plot_fits.row_table({row["name"]: row for row in record["rows"]}) + "\n\n" + described(record)
+
+
+def fits_promises(record: Record) -> str:
+    """What they take beside what was aimed at."""
+    return plot_fits.promise_table({row["name"]: row for row in record["rows"]}) + "\n"
 
 
 def kernel_table(record: Record) -> str:

@@ -23,8 +23,8 @@ FIRST_GLUON, OTHER_GLUON = (3, 6), (3, 9)  # Triton 3.9 has taken away calls of 
 CUDNN_WITHOUT_LENGTH_DEFECT = 91501
 EIGHT_BIT_HEAD = 128
 EIGHT_BIT_MERIT = (
-    "353 us, and 15 for encoding the values, against 404 of cuDNN, measured on one H200 at 24 heads of 128, "
-    "4608 tokens; exact logits, probabilities and values in eight bits"
+    "371 us with the norm and rotation of q and k, against 449 of cuDNN and 35 for those two, measured on one H200 at "
+    "24 heads of 128, 4608 tokens; queries and keys in int8, probabilities and values in fp8"
 )
 
 
