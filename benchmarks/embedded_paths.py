@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import gossamer
+from gossamer.bench import markdown
 from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.errors import GossamerError, InvalidOptionError
 from gossamer.models.flux import Operators
@@ -110,12 +111,11 @@ def likeness(pictures: Pictures, others: Pictures) -> float | None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The record as Markdown."""
-    heads = list(rows[0])
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    heads, lines = list(rows[0]), []
     for row in rows:
         figures = (row[head] for head in heads[1:])
         lines.append([f"`{row['storage']}`", *("same" if each is None else f"{each:.1f}" for each in figures)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(heads, lines)
 
 
 if __name__ == "__main__":

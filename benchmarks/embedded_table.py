@@ -13,9 +13,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from gossamer.bench.markdown import table
 
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -183,12 +185,6 @@ def decibels(like: Mapping[str, Any]) -> str:
 def percent(share: float | None) -> str:
     """None where there was nothing to get right."""
     return "" if share is None else f"{share:.1f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # places in files

@@ -22,7 +22,6 @@ Parts are built once and placed anew for each row. Rows of diffusers are steps o
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -38,9 +37,9 @@ from fits_peers import PEERS
 from fits_pipeline import SMALL, TEXT_STORAGE, Model, build, build_shared, pipeline_of
 from flux_step_rows import RUN_STEPS, Schedule
 from gossamer.bench.random_flux import full_size, step_inputs, tiny
-from gossamer.bench.record import record_path, stamp, write_record
-from gossamer.bench.timing import Repeats, release_memory
-from gossamer.errors import FileDamagedError, GossamerError, InvalidOptionError, UnknownOptionError
+from gossamer.bench.record import read_resumed, record_path, stamp, write_record
+from gossamer.bench.timing import Repeats, release_memory, wait
+from gossamer.errors import GossamerError, InvalidOptionError, UnknownOptionError
 from gossamer.memory.budget import Budget
 from gossamer.memory.byte_sizes import parse_bytes, show_bytes
 from gossamer.memory.cards import find_card
@@ -65,6 +64,7 @@ FREE, STREAMED = "free", "streamed"
 STREAMED_BUDGET = "2GB"
 BUDGETS = {
     "nf4": (FREE, "8GB", "6GB", "5GB", "4GB", "3GB", "2GB", STREAMED),
+    "nf4-dq": (FREE, STREAMED),
     "Q8_0": (FREE, "12GB", "8GB", "6GB", "4GB"),
     "fp8": (FREE, "12GB", "6GB"),
     "bf16": (FREE, "24GB", "16GB", "8GB", "4GB"),
@@ -91,7 +91,7 @@ def main() -> None:
             "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
         )
     model = model_of(device, options.quick)
-    record = resumed(options.resume, model) if options.resume else fresh(model)
+    record = read_resumed(options.resume, fresh(model)) if options.resume else fresh(model)
     path = record_path(options.out, "fits", record)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {row["name"] for row in record["rows"]}
@@ -142,25 +142,6 @@ def model_of(device: torch.device, quick: bool) -> Model:
 
 def fresh(model: Model) -> dict[str, Any]:
     return {**stamp(model.work.device), "workload": model.work.name, "text_storage": TEXT_STORAGE, "rows": []}
-
-
-def resumed(path: Path, model: Model) -> dict[str, Any]:
-    """A record to go on with: of this work, made on this machine with these versions."""
-    try:
-        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileDamagedError(
-            f"The record {path} cannot be read.", str(error), "Leave --resume out to begin a new one."
-        ) from error
-    here = fresh(model)
-    different = [key for key in ("machine", "versions", "workload", "text_storage") if record.get(key) != here[key]]
-    if different:
-        raise InvalidOptionError(
-            f"The record {path} cannot be resumed here.",
-            f"Other {' and '.join(different)} there: {[record.get(key) for key in different]}.",
-            "Rows of one record come from one machine with one set of versions; begin a new one.",
-        )
-    return record
 
 
 def line(row: Row) -> str:
@@ -257,7 +238,7 @@ def rows_of(bench: Bench, storage: str, budgets: Sequence[str], shared: dict[str
             residence = Residence(parts, fit, device)
         else:
             residence.place(fit)
-        _wait(device)
+        wait(device)
         placed = time.perf_counter() - placing
         pipeline = pipeline_of(model, parts, storage, residence)
         yield {"name": name, "storage": storage, "placing_seconds": placed, **painted(bench, pipeline, fit, budget)}
@@ -308,10 +289,10 @@ def prepass_seconds(pipeline: Pipeline, model: Model) -> float:
     whole = prepass.conditions(replace(given, dtype=transformer.dtype), range(RUN_STEPS))
     times = []
     for _ in range(2):
-        _wait(model.work.device)
+        wait(model.work.device)
         started = time.perf_counter()
         modulate(transformer, whole)
-        _wait(model.work.device)
+        wait(model.work.device)
         times.append(time.perf_counter() - started)
     return min(times)
 
@@ -350,10 +331,10 @@ def bus_rate(device: torch.device) -> float | None:
     target = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
     times = []
     for _ in range(5):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         target.copy_(source, non_blocking=True)
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - started)
     return BUS_BYTES / min(times)
 
@@ -373,11 +354,6 @@ def resident_bytes() -> int | None:
         return None
     lines = dict(each.split(":", 1) for each in status.read_text().splitlines() if ":" in each)
     return int(lines["VmRSS"].split()[0]) * 1024
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from flux_step_rows import RUN_STEPS, Schedule
 from gossamer.adapters import attached, set_scale
 from gossamer.bench.random_flux import Workload, full_size, random_adapters, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
+from gossamer.bench.timing import wait
 from gossamer.errors import GossamerError, InvalidOptionError
 from gossamer.models.flux.prepass import Prepass
 
@@ -143,17 +144,11 @@ def usual(step: Callable[[], object], work: Workload) -> float:
 
 def milliseconds(call: Callable[[], object], work: Workload) -> float:
     """The host's clock around a call and all work that it queues."""
-    wait(work)
+    wait(work.device)
     started = time.perf_counter()
     call()
-    wait(work)
+    wait(work.device)
     return (time.perf_counter() - started) * 1e3
-
-
-def wait(work: Workload) -> None:
-    """Until the device has nothing left to do."""
-    if work.device.type == "cuda":
-        torch.cuda.synchronize(work.device)
 
 
 if __name__ == "__main__":

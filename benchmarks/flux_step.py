@@ -30,9 +30,9 @@ import torch
 from flux_step_cases import CASES, OURS, Case, row_names
 from flux_step_rows import Bench, Row, keep_reference, labels, name_of, rows_of
 from gossamer.bench.random_flux import ADAPTERS, Workload, full_size, tiny
-from gossamer.bench.record import record_path, stamp, write_record
+from gossamer.bench.record import read_resumed, record_path, stamp, write_record
 from gossamer.bench.timing import Repeats
-from gossamer.errors import FileDamagedError, GossamerError, InvalidOptionError, UnknownOptionError
+from gossamer.errors import GossamerError, InvalidOptionError, UnknownOptionError
 
 Plan = list[tuple[Case, list[str]]]
 
@@ -55,7 +55,7 @@ def main() -> None:
         )
     plan = planned(options.rows.split(","))
     work = (tiny if options.quick else full_size)(device)
-    record = resumed(options.resume, work) if options.resume else fresh(work)
+    record = read_resumed(options.resume, fresh(work)) if options.resume else fresh(work)
     path = record_path(options.out, "flux_step", record)
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = without_rows(plan, record["rows"])
@@ -117,25 +117,6 @@ def fresh(work: Workload) -> dict[str, Any]:
     found = {library: _version(library) for library in LIBRARIES}
     installed = {library: number for library, number in found.items() if number is not None}
     return {**begun, "versions": {**begun["versions"], **installed}, "workload": work.name, "rows": []}
-
-
-def resumed(path: Path, work: Workload) -> dict[str, Any]:
-    """A record to go on with: of this work, made on this machine with these versions."""
-    try:
-        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileDamagedError(
-            f"The record {path} cannot be read.", str(error), "Leave --resume out to begin a new one."
-        ) from error
-    here = fresh(work)
-    different = [key for key in ("machine", "versions", "workload") if record.get(key) != here[key]]
-    if different:
-        raise InvalidOptionError(
-            f"The record {path} cannot be resumed here.",
-            f"Other {' and '.join(different)} there: {[record.get(key) for key in different]}.",
-            "Rows of one record come from one machine with one set of versions; begin a new one.",
-        )
-    return record
 
 
 def _version(library: str) -> str | None:

@@ -29,6 +29,7 @@ import torch
 
 import gossamer
 from gossamer.bench.record import record_path, stamp, write_record
+from gossamer.bench.timing import wait
 from gossamer.checkpoints.flux_names import bfl_linears, bfl_norms
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 
@@ -96,8 +97,7 @@ def read_by_cat(path: Path) -> None:
 def load(path: Path, device: torch.device) -> None:
     """Every byte of the file in memory of our own, or on the GPU."""
     model = gossamer.load_transformer(path, device=str(device))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     del model
     gc.collect()  # blocks and their groups know each other
 

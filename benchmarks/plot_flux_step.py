@@ -16,6 +16,7 @@ from typing import Any
 
 from flux_step_cases import OURS, STORAGES
 from flux_step_rows import name_of
+from gossamer.bench.markdown import table
 from gossamer.bench.random_flux import ADAPTERS
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -60,7 +61,6 @@ def main() -> None:
     record = json.loads(options.record.read_text("utf-8"))
     rows = {name_of(row): row for row in record["rows"]}
     print(model_table(rows))
-    print()
     print(promise_table(rows))
     if options.plot:
         draw(rows, caption(record), options.plot)
@@ -84,7 +84,7 @@ def model_table(rows: Rows) -> str:
     """One line a model: step times by adapters, then what holds without any."""
     head = ["model (storage/compute)", *(f"{kind}, ms" for kind in ADAPTERS)]
     head += ["weights, GB", "beyond, GB", "first call, s", "error"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for model in models(rows):
         times = [_cell(rows.get(f"{model}/{kind}"), "step_ms", 1, ".1f") for kind in ADAPTERS]
         bare = rows.get(f"{model}/none")
@@ -92,19 +92,19 @@ def model_table(rows: Rows) -> str:
         rest += [_cell(bare, "first_call_seconds", 1, ".1f"), _cell(bare, "relative_error", 1, ".4f")]
         name = f"**{model}**" if model.startswith(f"{OURS}/") else model
         lines.append([name, *times, *rest])
-    return _markdown(lines)
+    return table(head, lines)
 
 
 def promise_table(rows: Rows) -> str:
     """Our time over the other's beside the promise, for every promise whose two rows are there."""
     computes = list(dict.fromkeys(row["compute"] for row in rows.values() if row["system"] == OURS))
-    lines = [["row", "over", "ratio", "at most", ""], ["---", "---", "---:", "---:", "---"]]
+    lines = []
     for promise in promises(computes):
         ours, over = step_ms(rows, promise.ours), step_ms(rows, promise.over)
         if ours is not None and over is not None:
             verdict = "kept" if ours / over <= promise.at_most else "**missed**"
             lines.append([promise.ours, promise.over, f"{ours / over:.3f}", f"{promise.at_most:.2f}", verdict])
-    return _markdown(lines)
+    return table(["row", "over", "ratio", "at most", ""], lines, words=(0, 1, 4))
 
 
 def _cell(row: Mapping[str, Any] | None, key: str, factor: float, form: str) -> str:
@@ -113,10 +113,6 @@ def _cell(row: Mapping[str, Any] | None, key: str, factor: float, form: str) -> 
     if "error" in row:
         return "fails"
     return "" if row[key] is None else format(row[key] * factor, form)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # the plot -------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gossamer.bench.markdown import table
 from gossamer.errors import InvalidOptionError
 from gossamer.memory.budget import Budget
 from gossamer.memory.card import Card
@@ -123,11 +124,6 @@ def efficiency_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"roofline": roofline_table, "efficiency": efficiency_table}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write(path: Path) -> None:

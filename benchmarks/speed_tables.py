@@ -17,9 +17,10 @@ from typing import Any
 
 import plot_fits
 from embedded_paths import table as paths_table
-from embedded_table import filled, table
+from embedded_table import filled
 from flux_step_cases import OURS
 from flux_step_rows import name_of
+from gossamer.bench.markdown import table
 from plot_flux_step import models, promise_table, step_ms
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,17 +77,17 @@ def step_table(record: Record) -> str:
 
 def promises(record: Record) -> str:
     """Our time over another's beside what was aimed at."""
-    return promise_table({name_of(row): row for row in record["rows"]}) + "\n"
+    return promise_table({name_of(row): row for row in record["rows"]})
 
 
 def fits_table(record: Record) -> str:
     """Whole pictures in given amounts of GPU memory."""
-    return plot_fits.row_table({row["name"]: row for row in record["rows"]}) + "\n\n" + described(record)
+    return plot_fits.row_table({row["name"]: row for row in record["rows"]}) + "\n" + described(record)
 
 
 def fits_promises(record: Record) -> str:
     """What they take beside what was aimed at."""
-    return plot_fits.promise_table({row["name"]: row for row in record["rows"]}) + "\n"
+    return plot_fits.promise_table({row["name"]: row for row in record["rows"]})
 
 
 def kernel_table(record: Record) -> str:
@@ -110,7 +111,7 @@ def attention_table(record: Record) -> str:
 
 def path_table(record: Record) -> str:
     """PSNR of the embedded model's pictures through every path."""
-    return paths_table(record["rows"]) + "\n\n" + described(record)
+    return paths_table(record["rows"]) + "\n" + described(record)
 
 
 def described(record: Record) -> str:

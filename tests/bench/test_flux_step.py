@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gossamer.bench.random_flux import tiny
+from gossamer.bench.record import read_resumed
 from gossamer.bench.timing import Repeats
 from gossamer.errors import InvalidOptionError, UnknownOptionError
 from gossamer.models.flux_spec import SENSITIVE
@@ -113,10 +114,10 @@ def test_a_record_of_another_machine_is_not_resumed(modules, tmp_path):
     record = modules.main.fresh(work)
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record))
-    assert modules.main.resumed(path, work) == record
+    assert read_resumed(path, modules.main.fresh(work)) == record
     path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.0"}}))
     with pytest.raises(InvalidOptionError, match="versions"):
-        modules.main.resumed(path, work)
+        read_resumed(path, modules.main.fresh(work))
 
 
 class FailsOnce:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gossamer.errors import FileDamagedError, InvalidOptionError
 from gossamer.pipeline.versions import versions
 
 
@@ -42,3 +43,21 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
     os.replace(part, path)
+
+
+def read_resumed(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
+    """A record to go on with, which has to begin as one would that was begun here, but for its date."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileDamagedError(
+            f"The record {path} cannot be read.", str(error), "Leave --resume out to begin a new one."
+        ) from error
+    different = [key for key in here if key not in ("date", "rows") and record.get(key) != here[key]]
+    if different:
+        raise InvalidOptionError(
+            f"The record {path} cannot be resumed here.",
+            f"Other {' and '.join(different)} there: {[record.get(key) for key in different]}.",
+            "Rows of one record come from one machine with one set of versions; begin a new one.",
+        )
+    return record

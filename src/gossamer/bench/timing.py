@@ -42,14 +42,14 @@ class Timing:
 
 def measure(step: Callable[[], torch.Tensor], device: torch.device, repeats: Repeats, weights_end: int) -> Timing:
     """Time a step. `weights_end` is what was allocated when weights and inputs were in place and nothing had run."""
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     result = step()
-    _wait(device)
+    wait(device)
     first_call_seconds = time.perf_counter() - started
     for _ in range(repeats.warmup):
         step()
-    _wait(device)
+    wait(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = _on_gpu(step, repeats.timed) if device.type == "cuda" else _on_host(step, repeats.timed)
@@ -78,7 +78,8 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
