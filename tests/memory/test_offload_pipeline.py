@@ -15,6 +15,7 @@ from gossamer.memory.offload import offload
 from gossamer.memory.offload_part import layer_list
 from gossamer.memory.offload_turns import Turns
 from gossamer.memory.placement import Placement
+from gossamer.models.flux.modulation import AdaLN
 
 CPU = torch.device("cpu")
 OPTIONS = {"seed": 1, "steps": 2, "size": "64x64"}
@@ -38,6 +39,22 @@ def test_the_pixels_are_the_same_prompt_after_prompt(own, text):
     handle.settle()
     assert np.array_equal(np.array(pipe(PROMPTS[0], **OPTIONS)), expected[0])
     assert not any(module._forward_pre_hooks for part in handle.models.values() for module in part.modules())
+
+
+@pytest.mark.parametrize("text", ["resident", "evicted", "streamed"])
+def test_the_modulation_is_computed_once_a_picture(own, text):
+    """Its weights come and go for that, which is no reason to compute it again."""
+    pipe, _ = own
+    norms = [part for part in pipe.transformer.modules() if isinstance(part, AdaLN)]
+    calls = []
+    hooks = [norm.linear.register_forward_hook(lambda *_: calls.append(1)) for norm in norms]
+    handle = offload(pipe.components, Placement(1, text=text), CPU)
+    for pictures in (1, 2):
+        pipe(PROMPTS[0], **OPTIONS)
+        assert len(calls) == pictures * len(norms)
+    handle.settle()
+    for hook in hooks:
+        hook.remove()
 
 
 def test_adapters_come_and_go_while_parts_take_turns(own, bundled):

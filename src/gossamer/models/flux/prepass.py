@@ -107,7 +107,12 @@ class Prepass:
         """Each linear's weight, wherever its bytes are, how wide it is, and the strength of each of its terms."""
         linears: list[nn.Module] = [norm.linear for norm in self._norms]
         return tuple(
-            (linear.stored, linear.in_features, tuple((term, term.scale) for term in linear.adapters()))
+            (
+                linear.stored,
+                linear.stored.loads,
+                linear.in_features,
+                tuple((term, term.scale) for term in linear.adapters()),
+            )
             for linear in linears
             if isinstance(linear, QuantLinear)
         )
