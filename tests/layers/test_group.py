@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -275,3 +276,31 @@ def test_the_bound_of_an_adapter_keeps_eight_bit_floats_near(storage):
     group = group_of(executed(layers, torch.float8_e4m3fn))
     found = group(group.rows(x, TORCH))
     assert (found - exact).norm() / exact.norm() < 0.05
+
+
+# what is given up -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+@torch.inference_mode()
+def test_bytes_that_moved_are_held_by_nobody(storage):
+    """An operand reads the stored bytes, or is made of them: a layer that moves drops it at once."""
+    (layer,) = executed(packed_layers(storage)[:1], torch.float32)
+    layer(torch.randn(3, WIDTH))
+    before = [weakref.ref(tensor) for tensor in layer.packed.tensors.values()]
+    layer._apply(torch.clone)
+    assert [reference() for reference in before] == [None] * len(before)
+
+
+@torch.inference_mode()
+def test_a_group_that_forgets_holds_no_bytes():
+    layers = executed(packed_layers("fp32"), torch.float32)
+    group = group_of(layers)
+    group.join()
+    group(Rows(torch.randn(1, 3, WIDTH)))
+    group.forget()
+    before = weakref.ref(layers[0].packed.tensors["values"].untyped_storage())
+    for layer in layers:
+        layer._apply(torch.clone)
+    group.join()
+    assert before() is None

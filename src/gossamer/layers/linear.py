@@ -248,7 +248,7 @@ class QuantLinear(nn.Module):
         moves = self.stored.moves
         super()._apply(fn, recurse)
         if self.stored.moves != moves:
-            self._product.forget()  # an operand would keep the bytes where they were
+            self._product.drop()  # an operand would keep the bytes where they were
         moved = fn(torch.empty(0, dtype=self.compute, device=self.device))
         self.compute = moved.dtype
         for term in self.adapters():

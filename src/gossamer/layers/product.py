@@ -120,6 +120,11 @@ class GroupProduct:
         self._operand = self._writer = self._keeper = None
         self._structure, self._revisions = -1, None
 
+    def drop(self) -> None:
+        """Hold nothing of the bytes any more, which moved; the next operand is made with those of the others."""
+        self.forget()
+        self._planned = ()
+
     def release(self) -> None:
         """Drop everything but the row scale of the base, which is small and stays true; the next call begins anew."""
         self.forget()
