@@ -287,7 +287,7 @@ def test_which_attention(chip, changes, activations, head_dim, expected):
         ("CPU", {}, {}, "CPU"),
     ],
 )
-def test_when_probabilities_and_values_are_rounded_to_eight_bits(chip, changes, arguments, words):
+def test_when_attention_is_in_eight_bits(chip, changes, arguments, words):
     given = {"activations": "bf16", "head_dim": 128, "compute": "fp8", **arguments}
     picked = attention_backend(replace(CHIPS[chip], **changes), **given)
     if words is None:
