@@ -292,7 +292,7 @@ def test_when_attention_is_in_eight_bits(chip, changes, arguments, words):
     picked = attention_backend(replace(CHIPS[chip], **changes), **given)
     if words is None:
         assert picked.name == "eight_bit"
-        assert "404" in picked.reason.text
+        assert "449" in picked.reason.text
     else:
         assert picked.name in ("cudnn", "flash", "math")
         (text,) = [reason.text for reason in picked.rejected if reason.option == "eight_bit"]
