@@ -93,7 +93,6 @@ def main() -> None:
     model = model_of(device, options.quick)
     record = read_resumed(options.resume, fresh(model)) if options.resume else fresh(model)
     path = record_path(options.out, "fits", record)
-    path.parent.mkdir(parents=True, exist_ok=True)
     done = {row["name"] for row in record["rows"]}
     for row in measured([name for name in names if name not in done], model, options):
         record["rows"].append(row)

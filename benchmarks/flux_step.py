@@ -57,7 +57,6 @@ def main() -> None:
     work = (tiny if options.quick else full_size)(device)
     record = read_resumed(options.resume, fresh(work)) if options.resume else fresh(work)
     path = record_path(options.out, "flux_step", record)
-    path.parent.mkdir(parents=True, exist_ok=True)
     plan = without_rows(plan, record["rows"])
     with tempfile.TemporaryDirectory() as folder:
         references = options.references or Path(folder)

@@ -171,7 +171,6 @@ def main() -> None:
         record = {**stamp(device), "threads": torch.get_num_threads(), **facts}
         load(path, device)  # libraries are imported and set up by now
         record["rows"] = [measure(path, device, options.runs, cold) for cold in (True, False)]
-    options.out.mkdir(parents=True, exist_ok=True)
     write_record(record_path(options.out, f"load_checkpoint_{options.storage}", record), record)
     print(f"{size / 1e9:.2f} GB, {len(shapes)} tensors")
     for row in record["rows"]:

@@ -39,7 +39,8 @@ def record_path(folder: Path, benchmark: str, record: Mapping[str, Any]) -> Path
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace the file whole, so that an interrupted run leaves the rows that were done."""
+    """Replace the file whole, so that an interrupted run leaves the rows that were done. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", "utf-8")
     os.replace(part, path)
