@@ -13,7 +13,6 @@ is the most of the process that was resident meanwhile, pages of the mapped file
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import subprocess
@@ -99,7 +98,6 @@ def load(path: Path, device: torch.device) -> None:
     model = gossamer.load_transformer(path, device=str(device))
     wait(device)
     del model
-    gc.collect()  # blocks and their groups know each other
 
 
 def forget(path: Path) -> None:

@@ -20,7 +20,9 @@ OUTS = (32, 16, 48)
 
 def group_of(layers):
     holder = nn.ModuleList(layers)
-    return LinearGroup(*((holder, str(place)) for place in range(len(layers))))
+    group = LinearGroup(*((holder, str(place)) for place in range(len(layers))))
+    group.holder = holder  # as a block holds its layers and their groups
+    return group
 
 
 def low_rank(name, out, seed, scale=0.7, bias=False):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from importlib.util import find_spec
+from weakref import ref
 
 import pytest
 import torch
@@ -192,3 +194,18 @@ def test_it_compiles_as_one_graph(packed, make_inputs, storage, wish):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_nobody_needs_is_gone_at_once(make_diffusers):
+    """Its memory may be most of a GPU's, and Python looks for cycles when it likes."""
+    model = from_diffusers(make_diffusers())
+    quantize(model, "nf4")
+    prepare(model, "bf16")
+    held = [ref(part) for part in model.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [part() for part in held] == [None] * len(held)
+    finally:
+        gc.enable()

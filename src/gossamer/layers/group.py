@@ -8,9 +8,10 @@ against 2.8 ms in four).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import nn
@@ -25,10 +26,14 @@ from gossamer.layers.product import GroupProduct, as_rows, execution_of
 
 
 class LinearGroup:
-    """Linears by place: pairs of a module and the name of its child."""
+    """Linears by place: pairs of a module and the name of its child.
+
+    The modules are those that hold the group. It does not hold them, so that a model that nobody needs is gone, with
+    all memory, and not only when Python next looks for cycles.
+    """
 
     def __init__(self, *places: tuple[nn.Module, str]) -> None:
-        self._places = places
+        self._places = _weak(places)
         self._product = GroupProduct()
         self._joined: Joined | None = None
         self._found: Found | None = None
@@ -36,7 +41,15 @@ class LinearGroup:
     @property
     def layers(self) -> tuple[nn.Module, ...]:
         """The layers as they are now."""
-        return tuple([module._modules[name] for module, name in self._places])  # type: ignore[misc]
+        return tuple([module()._modules[name] for module, name in self._places])  # type: ignore[misc, union-attr]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose modules are copied with them."""
+        return {**self.__dict__, "_places": [(module(), name) for module, name in self._places], "_found": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._places = _weak(state["_places"])
 
     def rows_type(self, plain: torch.dtype) -> torch.dtype:
         """The type in which the input is best given: the operand's, or `plain`."""
@@ -90,6 +103,10 @@ class LinearGroup:
             structure = -1 if execution is None else execution.workspace.terms.structure
             found = self._found = Found(layers, execution, joined, structure)
         return found
+
+
+def _weak(places: Iterable[tuple[nn.Module, str]]) -> tuple[tuple[ref[nn.Module], str], ...]:
+    return tuple((ref(module), name) for module, name in places)
 
 
 @dataclass(frozen=True, eq=False)

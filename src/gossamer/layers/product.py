@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 
@@ -43,10 +44,10 @@ BANDS_LARGEST = 8  # layers of one launch; more and narrower bands would leave p
 
 
 class GroupProduct:
-    """The product of a group of layers, and what it keeps between calls."""
+    """The product of a group of layers, and what it keeps between calls; the layers hold it, or what holds them."""
 
     def __init__(self) -> None:
-        self._layers: tuple[QuantLinear, ...] = ()
+        self._held: tuple[ref[QuantLinear], ...] = ()
         self._joined: Joined | None = None
         self._model: ModelTerms | None = None
         self._structure = -1  # the model's count that the operand was last found valid at
@@ -97,15 +98,21 @@ class GroupProduct:
         """Begin with these layers: their operand is made with those of the model's other products."""
         if self._model is not None and self._model is not model:
             self._model.leave(self)
-        self._layers, self._joined, self._model = layers, joined, model
+        self._held, self._joined, self._model = tuple(map(ref, layers)), joined, model
         self._structure, self._revisions = -1, None
         model.follow(self)
+
+    @property
+    def _layers(self) -> tuple[QuantLinear, ...]:
+        """The layers; none where one is gone."""
+        layers = tuple([held() for held in self._held])
+        return () if any(layer is None for layer in layers) else layers  # type: ignore[return-value]
 
     # what the model asks for when something changed -------------------------------------------------------------------
 
     def wanted(self) -> Sequence[Wanted] | None:
         """The stacks of a new operand; None where the present one is valid, or its bytes cannot be read now."""
-        gone = any(
+        gone = not self._layers or any(
             layer.execution is None or layer.execution.workspace.terms is not self._model for layer in self._layers
         )
         if gone or not _filled(self._layers) or self._revisions == self._count():
@@ -130,7 +137,7 @@ class GroupProduct:
         self.forget()
         if self._model is not None:
             self._model.leave(self)
-        self._layers, self._joined, self._model, self._planned = (), None, None, ()
+        self._held, self._joined, self._model, self._planned = (), None, None, ()
 
     def remake(self, stacks: Sequence[Stack]) -> None:
         """Make the operand anew."""
@@ -146,9 +153,10 @@ class GroupProduct:
 
     def rewrite(self) -> None:
         """Row scales that have to be measured, biases of terms, and a kept weight, in place."""
-        operand, execution = self._operand, execution_of(self._layers[0])
-        if operand is None:
+        operand = self._operand
+        if operand is None or not self._layers:
             return
+        execution = execution_of(self._layers[0])
         if not _filled(self._layers):
             self._structure, self._revisions = -1, None  # other bytes are there now; made anew with the own ones
             return
