@@ -103,7 +103,6 @@ def main() -> None:
     arguments = parser.parse_args()
     record = stamp(torch.device("cuda", torch.cuda.current_device()))
     record["shape"], record["rows"] = [1, HEADS, TOKENS, HEAD_SIZE], []
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = record_path(arguments.out, "attention", record)
     given = tensors()
     for backend in usable():

@@ -53,7 +53,6 @@ def main() -> None:
             "Run the benchmark on a machine with one.",
         )
     record = {**stamp(torch.device("cuda")), "steps": options.steps, "prompts": list(PROMPTS), "rows": []}
-    options.out.mkdir(parents=True, exist_ok=True)
     path = record_path(options.out, "embedded_paths", record)
     plain = reference_pictures("bf16", options.steps, None)
     for storage in options.storages.split(","):

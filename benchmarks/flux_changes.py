@@ -53,7 +53,6 @@ def main() -> None:
         print(json.dumps(measured((tiny if options.quick else full_size)(device), options.one)))
         return
     record = {**stamp(device), "workload": "FLUX.1-dev, 1024x1024" if not options.quick else "quick", "rows": []}
-    options.out.mkdir(parents=True, exist_ok=True)
     path = record_path(options.out, "flux_changes", record)
     for model in options.models.split(","):
         with tempfile.TemporaryDirectory() as caches:

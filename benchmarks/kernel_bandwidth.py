@@ -135,7 +135,6 @@ def main() -> None:
     arguments = parser.parse_args()
     record = stamp(torch.device("cuda", torch.cuda.current_device()))
     record["rows"], record["stopped_at"] = [], None
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = record_path(arguments.out, "kernels", record)
     for name, call, moved_bytes in cases(arguments.only):
         if time.perf_counter() - started > arguments.seconds:

@@ -54,7 +54,6 @@ def main() -> None:
     work = (tiny if options.quick else full_size)(device)
     record = {**stamp(device), "workload": work.name, "rows": []}
     path = record_path(options.out, "streaming", record)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for case in options.cases.split(","):
         for row in rows_of(case, options, work):
             record["rows"].append(row)

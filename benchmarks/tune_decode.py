@@ -105,7 +105,6 @@ def main() -> None:
         sys.exit("There is no GPU to measure on: kernels are timed on an NVIDIA GPU only.")
     rows = measure(time.monotonic() + arguments.seconds - 4, arguments.only.split(","), arguments.workers)
     record = {**stamp(torch.device("cuda")), "rows": rows}
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_record(record_path(arguments.out, "tune_decode", record), record)
     show(rows)
     sys.stdout.flush()

@@ -44,11 +44,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> t
 
 
 def heads_first(qkv: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values (batch, heads, tokens, head size) of a buffer (batch, tokens, 3 * width), as views.
-
-    The buffer is a tensor of its own, or its first columns, and a head is 256 bytes in FLUX.1: all that a view begins
-    with and steps by is a multiple of 16 bytes, as Hopper's copy engine needs it.
-    """
+    """Queries, keys and values (batch, heads, tokens, head size) of a buffer (batch, tokens, 3 * width), as views."""
     query, key, value = qkv.unflatten(-1, (3, -1, head_size)).permute(2, 0, 3, 1, 4)
     return query, key, value
 

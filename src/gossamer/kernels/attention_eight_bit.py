@@ -27,7 +27,7 @@ from gossamer.kernels.operators import through_operator
 from gossamer.kernels.pointwise.launch import Launcher, Plan
 
 TILE = GROUPS.value * ROWS.value  # queries of a wide tile
-SLOTS = 3  # of the ring: 96 KiB of shared memory, beside 16 for queries
+SLOTS = 3  # of the ring: 96 KiB of shared memory, beside 24 for queries
 WARPS = 4  # of a warpgroup
 
 # descriptors ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Tiles that are left for the last round, fewer than there are programs, are cut a
 still is a round: two warpgroups on more multiprocessors are sooner done than three on few. The third lets it pass by.
 
 Ring. Step i of a tile has k of block i and v of block i - 1 in one slot (no v in step 0, no k in the last), because
-they are multiplied at the same time. Blocks run from the last to the first: only the first step may need a mask.
+they are multiplied one after the other. Blocks run from the last to the first: only the first step may need a mask.
 Steps are counted through all tiles of a program: step n has slot n % SLOTS, and uses it for the (n // SLOTS)-th time.
 
 Barriers, each completing one phase a use of what it guards:
@@ -26,21 +26,20 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from gossamer.kernels.attention_eight_bit_step import (
     HEAD,
     ROWS,
     accumulator,
-    biased,
     last_probabilities,
     masked,
     operand,
     regrouped,
     row_scaled,
-    start_scores,
-    start_values,
+    scores,
     step,
+    with_values,
 )
 
 GROUPS, NARROW_GROUPS = gl.constexpr(3), gl.constexpr(2)  # warpgroups that multiply, in a wide and in a narrow tile
@@ -196,7 +195,7 @@ def multiply(
         mbarrier.wait(q_full.index(GROUP), odd)
         slot = n % SLOTS
         mbarrier.wait(full.index(slot), n // SLOTS & 1)
-        s = biased(warpgroup_mma_wait(0, deps=[start_scores(q, k.index(slot))]))
+        s = scores(q, k.index(slot))
         mbarrier.arrive(empty.index(slot))
         n += 1
         s = masked(s, (blocks - 1) * KEYS, tokens)
@@ -225,7 +224,7 @@ def multiply(
         slot = n % SLOTS
         p8 = operand(p)
         mbarrier.wait(full.index(slot), n // SLOTS & 1)
-        o = warpgroup_mma_wait(0, deps=[start_values(p8, v.index(slot), o, False)])
+        o = with_values(p8, v.index(slot), o, False)
         mbarrier.arrive(empty.index(slot))
         n += 1
         store_rows(out, o, sums, batch, head, row + GROUP * ROWS, tokens, heads)

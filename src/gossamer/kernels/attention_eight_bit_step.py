@@ -8,9 +8,9 @@
 Whole numbers become float32 for nothing: the sums begin at the bits of BIAS = 1.5 * 2^23, where float32 counts in ones,
 and what comes out, read as float32, is BIAS + S. |S| is at most 128 * 127^2 < 2^21.
 
-`step` is the body of the inner loop. The next block's scores are started first, so that the tensor cores have work
-while this block's exponentials are taken; the next largest scores are found beside this block's P v. Nothing is in
-flight from one step to the next: the compiler would then wait after every single product.
+`step` is the body of the inner loop: exponentials, P v, the next block's scores, one after the other. It is the other
+warpgroups that have work for the tensor cores meanwhile: a third of them takes the registers that scores of two blocks
+at once would. Nothing is in flight from one step to the next: the compiler would then wait after every single product.
 
 Order of keys. A thread gets scores of columns 8 g + 2 t + {0, 1} (t: four lanes a row) and has to give P at columns
 4 t + {0, 1, 2, 3} of every 16: `v8` is stored with its keys in that order (`attention_codes`), so nothing moves.
@@ -54,17 +54,12 @@ def row_scaled(x: gl.tensor, factor: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
-def start_scores(q: gl.shared_memory_descriptor, k: gl.shared_memory_descriptor) -> gl.tensor:
-    """Bits of BIAS + q k^T (64, keys), not waited for; k (1, 1, keys, 128)."""
+def scores(q: gl.shared_memory_descriptor, k: gl.shared_memory_descriptor) -> gl.tensor:
+    """BIAS + q k^T (64, keys) in float32; k (1, 1, keys, 128)."""
     KEYS: gl.constexpr = k.shape[2]
     bias = gl.full([ROWS, KEYS], BIAS_BITS, gl.int32, accumulator(KEYS, 32))
-    return warpgroup_mma(q, k.reshape([KEYS, HEAD]).permute([1, 0]), bias, is_async=True)
-
-
-@gluon.jit
-def biased(sums: gl.tensor) -> gl.tensor:
-    """BIAS + q k^T in float32."""
-    return sums.to(gl.float32, bitcast=True)
+    started = warpgroup_mma(q, k.reshape([KEYS, HEAD]).permute([1, 0]), bias, is_async=True)
+    return warpgroup_mma_wait(0, deps=[started]).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -123,9 +118,10 @@ def operand(p: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
-def start_values(p8: gl.tensor, v: gl.shared_memory_descriptor, o: gl.tensor, FIRST: gl.constexpr) -> gl.tensor:
-    """`o` (64, 128) and P v, not waited for; P v alone where FIRST. v (128, keys)."""
-    return warpgroup_mma(p8, v.permute([1, 0]), o, use_acc=not FIRST, is_async=True)
+def with_values(p8: gl.tensor, v: gl.shared_memory_descriptor, o: gl.tensor, FIRST: gl.constexpr) -> gl.tensor:
+    """`o` (64, 128) and P v; P v alone where FIRST. v (128, keys)."""
+    started = warpgroup_mma(p8, v.permute([1, 0]), o, use_acc=not FIRST, is_async=True)
+    return warpgroup_mma_wait(0, deps=[started])
 
 
 @gluon.jit
@@ -165,8 +161,8 @@ def step(
     numbers = gl.load(next_exponent), gl.load(next_scale)
     p8 = operand(p)
     mbarrier.wait(full, phase)
-    o = warpgroup_mma_wait(0, deps=[start_values(p8, v, o, FIRST)])
-    s = biased(warpgroup_mma_wait(0, deps=[start_scores(q, k)]))
+    o = with_values(p8, v, o, FIRST)
+    s = scores(q, k)
     largest = gl.max(s, 1)
     return s, largest, o, m, sums, numbers
 
