@@ -1,10 +1,11 @@
-"""Which geometry decodes FLUX's widest layer fastest, with and without low-rank terms: times free of host cost.
+"""Which geometry decodes the linears of FLUX fastest, with and without low-rank terms: times free of host cost.
 
-    PYTHONPATH=src python benchmarks/tune_decode.py --seconds 90 --out benchmarks/results
+    PYTHONPATH=src python benchmarks/tune_decode.py --cases 'nf4 -> fp8*,Q4_K -> fp8 r16' --seconds 120
 
 Needs a CUDA device. Kernels are compiled by worker processes, which put them into Triton's cache and run nothing; this
-process takes each variant as it becomes ready, times it behind large products that keep the GPU busy while the calls
-queue, and compares its result with torch. It stops by itself; what was not reached is left out of the table.
+process takes each geometry as it becomes ready, times it on every shape that a step of FLUX.1 decodes, behind large
+products that keep the GPU busy while the calls queue, and compares a result with torch. It stops by itself; what was
+not reached is left out of the table.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 import os
 import sys
 import time
-import traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import astuple
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,46 +25,28 @@ from typing import Any
 import torch
 
 from gossamer.bench.record import record_path, stamp, write_record
-from tune_decode_bench import Bench, compile_variant, start_worker
-from tune_decode_variants import OUTPUTS, STORAGES, TRITON_PLAIN, jobs
+from gossamer.kernels.decode_geometry import Geometry
+from gossamer.kernels.decode_support import READABLE
+from tune_decode_bench import Bench, compile_geometry, start_worker
+from tune_decode_variants import OUTPUTS, RANKS, Case, jobs, short_name
 
 Row = dict[str, Any]
 
 
-def measure(deadline: float, storages: list[str], workers: int) -> list[Row]:
-    """Rows of all variants that were reached."""
-    rows, wanted = [], jobs(storages)
+def measure(deadline: float, cases: list[Case], workers: int) -> list[Row]:
+    """Rows of all geometries that were reached."""
+    wanted = jobs(cases)
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
-    pending = {pool.submit(compile_variant, *job): job for job in wanted}
+    pending = {pool.submit(compile_geometry, *job): job for job in wanted}
     bench = Bench()
-    torch.mm(bench.cover[0], bench.cover[1], out=bench.cover[2])
-    # while the workers start
-    for storage in storages:
-        for output in OUTPUTS:
-            moved = bench.layers(storage)[0].nbytes + bench.outs[output][0].nbytes
-            rows.append({"case": f"{storage} -> {output} ", "variant": "copy", "us": bench.copy(moved), "wrong": 0})
+    rows = [{"case": str(case), "geometry": "copy", **bench.copy(case)} for case in cases if not case.rank]
     while pending and time.monotonic() < deadline:
         done, _ = wait(pending, timeout=max(0.1, deadline - time.monotonic()), return_when=FIRST_COMPLETED)
-        for future in sorted(done, key=lambda f: (pending[f][0].storage, pending[f][0].rank)):
-            case, variant = pending.pop(future)
+        for future in sorted(done, key=lambda one: pending[one][0].storage):
+            rows.append(measured(bench, *pending.pop(future), future.result()))
             if time.monotonic() > deadline:
                 break
-            row = {"case": str(case), **case.__dict__, "variant": str(variant), "numbers": astuple(variant)}
-            try:
-                failure = future.result()
-                bench_one = bench.row_scale if case.output == "scale" else bench.decode
-                row |= {"failed": failure} if failure else bench_one(case, variant)
-            except Exception as error:  # noqa: BLE001 - a variant that fails is a result
-                traceback.print_exc()
-                row["failed"] = repr(error)[:200]
-                if "CUDA error" in str(error) or "illegal" in str(error):
-                    print("the GPU is lost; stopping", flush=True)
-                    pending.clear()
-                    break
-            rows.append(row)
-            if "failed" in row or row["wrong"] or row.get("inexact") or not row["hidden"]:
-                print("!", json.dumps(row), flush=True)
-    print(f"{len(wanted) - len(pending)} of {len(wanted)} variants", flush=True)
+    print(f"{len(wanted) - len(pending)} of {len(wanted)} geometries", flush=True)
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -71,39 +54,51 @@ def measure(deadline: float, storages: list[str], workers: int) -> list[Row]:
     return rows
 
 
+def measured(bench: Bench, case: Case, geometry: Geometry, failure: str) -> Row:
+    """The row of one geometry; what went wrong is printed at once."""
+    row: Row = {"case": str(case), "geometry": short_name(geometry), "numbers": asdict(geometry)}
+    row |= {"failed": failure} if failure else bench.decode(case, geometry)
+    if "failed" in row or row["wrong"]:
+        print("!", json.dumps(row), flush=True)
+    return row
+
+
 def show(rows: list[Row]) -> None:
-    """The table: a line a case, its variants from fast to slow; then the best, and what its terms add."""
-    good = [row for row in rows if "us" in row and not row["wrong"]]
-    cases = list(dict.fromkeys(row["case"] for row in sorted(good, key=lambda r: r["case"])))
-    by_case = {
-        c: sorted((r for r in good if r["case"] == c and r["variant"] != "copy"), key=lambda r: r["us"]) for c in cases
-    }
-    copies = {row["case"]: row["us"] for row in rows if row["variant"] == "copy" and "us" in row}
-    for case, found in by_case.items():
-        print(f"{case:18}", "  ".join(f"{row['variant']} {row['us']:.1f}" for row in found))
-    print("best a case: us, share of a copy, and what terms add to Triton's plain variant and to the best one")
-    for case, found in by_case.items():
-        if not found:
-            continue
-        best, plain = found[0], by_case.get(case.rsplit(" ", 1)[0] + " ", [])
-        first = next((r["us"] for r in plain if r["variant"] == str(TRITON_PLAIN)), float("nan"))
-        least = plain[0]["us"] if plain else float("nan")
-        copy = copies.get(case.rsplit(" ", 1)[0] + " ", float("nan"))
-        added = f"+{best['us'] - first:5.1f} / +{best['us'] - least:5.1f}" if best.get("rank") else f"{'':15}"
-        print(f"{case:18} {best['us']:6.1f}  {copy / best['us']:4.2f} of copy  {added}  {best['variant']}")
+    """Two lines a case: its geometries from fast to slow, then the best against a copy."""
+    copies = {row["case"]: row["ms"] for row in rows if row["geometry"] == "copy"}
+    by_case: dict[str, list[Row]] = {}
+    for row in rows:
+        if "ms" in row and not row.get("wrong") and row["geometry"] != "copy":
+            by_case.setdefault(row["case"], []).append(row)
+    print("milliseconds of all decoding in a step")
+    for case, found in sorted(by_case.items()):
+        present = found[0]["ms"]
+        found.sort(key=lambda row: row["ms"])
+        print(f"{case:18}", "  ".join(f"{row['geometry']} {row['ms']:.2f}" for row in found[:12]))
+        copy = copies.get(case.rsplit(" r", 1)[0], float("nan"))
+        shares = f"{copy / found[0]['ms']:.2f} of a copy, us {found[0]['us']}"
+        print(f"{'':18} first measured {present:.2f}, best {found[0]['ms']:.2f}, {shares}")
+
+
+def known_cases() -> list[Case]:
+    """Every format to every output at every rank; plain values need no geometry of their own."""
+    storages = [name for name, known in READABLE.items() if known.family != "plain"]
+    return [Case(storage, output, rank) for storage in storages for output in OUTPUTS for rank in RANKS]
 
 
 def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--only", default=",".join(STORAGES), help="stored formats, with commas")
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--cases", default="*", help="patterns of cases, with commas between them")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU to measure on: kernels are timed on an NVIDIA GPU only.")
-    rows = measure(time.monotonic() + arguments.seconds - 4, arguments.only.split(","), arguments.workers)
+    patterns = arguments.cases.split(",")
+    cases = [case for case in known_cases() if any(fnmatchcase(str(case), pattern) for pattern in patterns)]
+    rows = measure(time.monotonic() + arguments.seconds - 4, cases, arguments.workers)
     record = {**stamp(torch.device("cuda")), "rows": rows}
     write_record(record_path(arguments.out, "tune_decode", record), record)
     show(rows)

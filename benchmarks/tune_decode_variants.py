@@ -1,146 +1,102 @@
-"""The geometries that `tune_decode` tries, by stored format, output and rank, the most promising first."""
+"""The geometries that `tune_decode` tries, by stored format, output and rank, the present one first."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 
 from gossamer.kernels import decode_geometry
-from gossamer.kernels.decode_geometry import Geometry
+from gossamer.kernels.decode_geometry import STORED_ONLY, WITH_TERMS, Geometry
+from gossamer.kernels.decode_support import READABLE
 
 OUTPUTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-STORAGES = ("nf4", "Q4_K", "Q8_0", "Q6_K")
 RANKS = (0, 16, 64)
-FIRST_ROUNDS = 4  # of decoding variants before the row scales
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A geometry and the tiles of a program, one below the other; without `run` it is the Triton kernel's."""
-
-    rows: int
-    cols: int
-    warps: int
-    stages: int = 1
-    registers: int | None = None
-    tiles: int = 8
-    run: int = 0
-    kept: int = 0
-    down: int = 1
-
-    @property
-    def geometry(self) -> Geometry:
-        """What the kernels take."""
-        return Geometry(
-            self.rows, self.cols, self.warps, self.stages, self.registers, None, self.run, self.kept, self.down
-        )
-
-    def __str__(self) -> str:
-        limit = f"r{self.registers}" if self.registers else ""
-        own = f"g{self.run}.{self.kept}.{self.down}" if self.run else f"s{self.stages}"
-        return f"{self.rows}x{self.cols}w{self.warps}{own}{limit}*{self.tiles}"
-
-
-def of(geometry: Geometry, tiles: int) -> Variant:
-    """A geometry as a variant with so many tiles a program."""
-    g = geometry
-    return Variant(g.rows, g.cols, g.warps, g.stages, g.registers, tiles, g.run, g.kept, g.down)
-
-
-TRITON_PLAIN = Variant(8, 512, 4, tiles=1)
-TRITON_TERMS = Variant(64, 128, 4, 1, 128, 8)
-
-
-def plain_variants(storage: str, output: str) -> list[Variant]:
-    """Without terms, the most promising first."""
-    first = of(decode_geometry.chosen_geometry(storage, OUTPUTS[output], 0), 1)
-    if not first.run:
-        return [first, Variant(16, 512, 4, tiles=1)]
-    found = [first, replace(first, rows=8), TRITON_PLAIN, replace(first, rows=8, tiles=4), replace(first, tiles=4)]
-    other = {16: 8, 8: 16}[first.run]
-    if storage in ("nf4", "Q8_0"):
-        found.append(replace(first, run=other))
-    if storage in ("Q8_0", "Q4_K"):
-        found += [replace(first, run=8, kept=96, down=2), replace(first, rows=8, run=8, kept=96, down=2)]
-    terms = decode_geometry.gluon_terms(storage, OUTPUTS[output])
-    found += [
-        of(terms, 1),
-        of(terms, 4),
-        of(terms, 21),
-        replace(of(terms, 4), rows=8, cols=512, kept=64 if terms.run == 8 else 0, down=4),
-        replace(first, rows=8, warps=2),
-        replace(first, rows=32),
-    ]
-    return found
-
-
-def term_variants(storage: str, output: str, rank: int) -> list[Variant]:
-    """With terms, the most promising first. 12 columns of tiles; one round is what 132 multiprocessors hold."""
-    few = rank <= 32
-    first = of(decode_geometry.gluon_terms(storage, OUTPUTS[output]), 21 if few else 32)
-    found = [first, replace(first, tiles=8), replace(first, tiles=11)]
-    if few:
-        # the transposed product: 6 columns of tiles of 8 rows
-        # 5 programs a multiprocessor: 648 for 660; lanes that look levels up have to lie side by side
-        kept = 64 if storage == "nf4" and first.run == 8 else first.kept
-        turned = replace(first, rows=8, cols=512, kept=kept, down=4, tiles=25)
-        found[1:1] = [turned, replace(turned, registers=80, tiles=21), replace(turned, rows=16, tiles=16)]
-        found.append(replace(turned, tiles=10))
-        found += [
-            replace(first, rows=32, tiles=16),  # 4 programs a multiprocessor: 504 for 528 places
-            replace(first, cols=512, warps=8),  # 384 for 396
-            replace(first, cols=128, warps=2),  # 1536 for 1584
-            replace(first, registers=64, tiles=16),  # 1008 for 1056
-            replace(first, registers=96, tiles=26),  # 5 a multiprocessor: 624 for 660
-        ]
-    else:
-        found += [
-            replace(first, registers=None, tiles=42),  # 3 programs a multiprocessor: 384 for 396
-            replace(first, registers=None, tiles=14),
-            replace(first, rows=32, registers=168, tiles=21),
-            replace(first, rows=32, registers=None, tiles=32),
-            replace(first, cols=128, warps=2, tiles=32),
-        ]
-        if storage in ("nf4", "Q8_0"):  # half the columns a warp, half the registers of `down`
-            found.append(replace(first, cols=128, run=8, kept=0, registers=None, tiles=16))
-            found.append(replace(first, cols=128, run=8, kept=0, registers=96, tiles=26))
-            found.insert(1, replace(first, run=8, kept=0, down=4))
-    if storage in ("nf4", "Q8_0"):
-        run, kept = (8, 32) if first.run == 16 else (16, 0)
-        found.insert(3, replace(first, run=run, kept=kept))
-    return [*found[:4], TRITON_TERMS, *found[4:], replace(first, tiles=4)]
+# neighbours of a thread and its further columns, by family: whatever lets it read each byte of codes once
+RUNS = {
+    "four_bit": ((16, 0),),
+    "legacy": ((16, 16), (16, 0)),
+    "k32": ((16, 32), (8, 32)),
+    "k16": ((16, 96), (8, 96)),
+    "int8": ((16, 0),),
+    "fp8": ((16, 0),),
+    "fp8_e5m2": ((16, 0),),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stored format, an output type ("scale" for the row scales of fp8) and a rank (0 for none)."""
+    """A stored format, an output type and a rank (0 for none)."""
 
     storage: str
     output: str
     rank: int
 
     def __str__(self) -> str:
-        return f"{self.storage} -> {self.output} " + (f"r{self.rank}" if self.rank else "")
+        return f"{self.storage} -> {self.output}" + (f" r{self.rank}" if self.rank else "")
 
 
-ROW_SCALES = [Variant(64, 128, 8, 1, 128, 0), Variant(64, 128, 4, 1, None, 0), Variant(16, 128, 4, 1, None, 0)]
+def short_name(geometry: Geometry) -> str:
+    """A geometry in a word."""
+    g = geometry
+    own = f"g{g.run}.{g.kept}.{g.down}" if g.run else f"s{g.stages}"
+    limit = f"r{g.registers}" if g.registers else ""
+    programs = f"p{g.programs}" if g.programs else ""
+    return f"{g.rows}x{g.cols}w{g.warps}{own}{limit}{programs}" + "a" * g.ahead + "+" * g.warpgroup
 
 
-def variants(case: Case) -> list[Variant]:
-    """Every variant of a case."""
-    if case.rank:
-        return term_variants(case.storage, case.output, case.rank)
-    return plain_variants(case.storage, case.output)
+def plain_variants(storage: str) -> list[Geometry]:
+    """Without terms: 32 to 128 values a thread, and how many lanes have rows of their own."""
+    found = [STORED_ONLY]
+    for run, kept in _runs(storage):
+        lanes = 32 * run << kept.bit_count()  # columns of a warp, where all its lanes share a row
+        for cols in (512, 1024):
+            down = max(1, lanes // cols)
+            if down <= 2 and lanes <= 4 * cols:
+                found += [Geometry(rows, cols, 4, run=run, kept=kept, down=down) for rows in (8, 16)]
+        found.append(replace(found[-1], rows=32))
+        found.append(replace(found[-2], programs=32))
+    return found
 
 
-def jobs(storages: list[str]) -> list[tuple[Case, Variant]]:
-    """Every case with its first variant, then with its second, and so on; row scales after the fourth."""
-    cases = [Case(storage, output, rank) for rank in (16, 0, 64) for output in OUTPUTS for storage in storages]
-    grids = {case: list(dict.fromkeys(variants(case))) for case in cases}
+def term_variants(storage: str, rank: int) -> list[Geometry]:
+    """With terms: four lanes share a row, as in tensor cores."""
+    found = [WITH_TERMS]
+    for run, kept in _term_runs(storage):
+        cols = max(256, 16 * run << kept.bit_count())  # four lanes in four warps
+        first = Geometry(16, cols, 4, programs=6, run=run, kept=kept, down=8)
+        found += [replace(first, programs=programs, ahead=1) for programs in (4, 6)]
+        four = replace(first, rows=64, cols=cols // 4, programs=4, warpgroup=True)
+        found += [replace(four, programs=programs, ahead=1) for programs in (4, 3, 5, 8)]
+        found += [replace(four, registers=128, ahead=1), replace(four, registers=96, programs=5, ahead=1), four]
+    return found
+
+
+def _runs(storage: str) -> Sequence[tuple[int, int]]:
+    """Lanes that look levels up lie side by side, so that a thread of these has one run."""
+    return ((16, 0),) if storage.startswith("IQ4") else RUNS[READABLE[storage].family]
+
+
+def _term_runs(storage: str) -> Sequence[tuple[int, int]]:
+    """Of four lanes: what lets them look levels up, and read each byte once."""
+    family = READABLE[storage].family
+    if family == "k16":
+        return ((8, 64), (8, 96), (16, 96))
+    if family == "legacy" and storage != "IQ4_NL":
+        return ((16, 16), (16, 0))
+    return ((16, 32), (8, 32)) if family == "k32" and storage != "IQ4_XS" else ((16, 64), (16, 0))
+
+
+def variants(case: Case) -> list[Geometry]:
+    """Every geometry of a case, the present one first."""
+    present = decode_geometry.chosen_geometry(case.storage, OUTPUTS[case.output], case.rank)
+    others = term_variants(case.storage, case.rank) if case.rank else plain_variants(case.storage)
+    return list(dict.fromkeys([present, *others]))
+
+
+def jobs(cases: Sequence[Case]) -> list[tuple[Case, Geometry]]:
+    """Every case with its first geometry, then with its second, and so on."""
+    grids = {case: variants(case) for case in cases}
     longest = max(map(len, grids.values()))
-    rounds = [[(case, grid[index]) for case, grid in grids.items() if index < len(grid)] for index in range(longest)]
-    scaled = [Case(storage, "scale", rank) for storage in storages[:2] for rank in RANKS[1:]]
-    scales = [(case, variant) for variant in ROW_SCALES for case in scaled]
-    return list(chain(*rounds[:FIRST_ROUNDS], scales, *rounds[FIRST_ROUNDS:]))
+    return [(case, grid[index]) for index in range(longest) for case, grid in grids.items() if index < len(grid)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import cycle
 
 import torch
@@ -37,8 +37,7 @@ LARGEST = {"fp8": 448.0, "int8": 127.0}
 class Case:
     """`terms` is the type of the low-rank factors, or "" without any; `kernel` is decode or row_scale.
 
-    `turned` asks for the transposed product, `by_triton` for the kernel whose layouts Triton chooses, `by_gluon` for
-    the one that states them.
+    `by_triton` asks for the kernel whose layouts Triton chooses, `by_gluon` for the one that states them.
     """
 
     storage: str
@@ -48,7 +47,6 @@ class Case:
     even: bool = True
     ranks: int = 16
     later_ranks: bool = False
-    turned: bool = False
     by_triton: bool = False
     by_gluon: bool = False
 
@@ -66,7 +64,7 @@ def cases(chip: int) -> list[Case]:
         Case("Q4_K", half, half, even=False),
         Case("nf4-dq", "fp32", "fp32", ranks=64),
     ]
-    found += [Case(storage, byte, half, turned=True) for storage in ("nf4", "Q4_K", "Q8_0", "Q6_K") if chip >= 80]
+    found += [Case(storage, byte, half, ranks=64) for storage in one_of_each_family()]
     if chip in BY_TRITON:
         found += [Case(name, byte, terms, by_triton=True) for name in one_of_each_family() for terms in (half, "")]
         found += [Case(name, byte, half, by_gluon=True) for name in one_of_each_family()]
@@ -98,10 +96,10 @@ def _geometry(case: Case, chip: int) -> decode_geometry.Geometry:
         return decode_geometry.ROW_SCALE_WITH_TERMS if case.terms else decode_geometry.ROW_SCALE
     if chip < 80 or case.terms == "fp32" or case.by_triton:
         return decode_geometry.WITH_TERMS if case.terms else decode_geometry.STORED_ONLY
-    if case.turned or case.by_gluon:
-        chosen = decode_geometry.gluon_terms(case.storage, DTYPES[case.output])
-        return replace(chosen, rows=8, cols=512, down=4) if case.turned else chosen
-    return decode_geometry.chosen_geometry(case.storage, DTYPES[case.output], case.ranks if case.terms else 0)
+    if case.by_gluon:
+        return decode_geometry.gluon_terms(case.storage, DTYPES[case.output])
+    ranks = case.ranks * (1 + case.later_ranks) if case.terms else 0
+    return decode_geometry.chosen_geometry(case.storage, DTYPES[case.output], ranks, chip == 90)
 
 
 def source(case: Case, geometry: decode_geometry.Geometry, chip: int) -> ASTSource:
@@ -130,6 +128,8 @@ def source(case: Case, geometry: decode_geometry.Geometry, chip: int) -> ASTSour
         "RUN": geometry.run,
         "KEPT": geometry.kept,
         "DOWN": geometry.down,
+        "WARPGROUP": geometry.warpgroup,
+        "SPAN": geometry.ahead and geometry.cols // stored.width_multiple * stored.block_bytes,
         "tiles_each": 1,
         "EVEN": case.even,
     }
@@ -149,13 +149,25 @@ def compiled(case: Case, chip: int, geometry: decode_geometry.Geometry | None = 
     return compile_kernel(source(case, geometry, chip), target=GPUTarget("cuda", chip, 32), options=options)
 
 
+def _barriers_in_loops(ptx: str) -> int:
+    """Barriers between a label and the last branch back to it."""
+    lines = ptx.splitlines()
+    labels = {line[: line.index(":")]: place for place, line in enumerate(lines) if line.startswith("$L__BB")}
+    jumps = ((place, labels.get(line.split()[-1].rstrip(";"))) for place, line in enumerate(lines) if "bra" in line)
+    spans = [(start, place) for place, start in jumps if start is not None and start < place]
+    return sum("bar.sync" in line and any(a < n < b for a, b in spans) for n, line in enumerate(lines))
+
+
 if __name__ == "__main__":
     for chip in map(int, sys.argv[1:]):
         for wanted in cases(chip):
             kernel = compiled(wanted, chip)
             ptx = kernel.asm["ptx"]
             facts = {"binary_bytes": len(kernel.asm["cubin"]), "shared_bytes": kernel.metadata.shared}
-            # those before the first product belong to the preparation of a program
-            facts |= {"barriers": ptx[max(0, ptx.find("mma.sync")) :].count("bar.sync")}
-            facts |= {"gluon": ".visible .entry gluon" in ptx, "products": ptx.count("mma.sync")}
+            products = ptx.count("mma.sync") + ptx.count("wgmma.mma_async")
+            facts |= {
+                "barriers": _barriers_in_loops(ptx),
+                "gluon": ".visible .entry gluon" in ptx,
+                "products": products,
+            }
             print(json.dumps({"chip": chip, **asdict(wanted), **facts}), flush=True)

@@ -51,8 +51,10 @@ def test_shared_memory_suffices_on(kernels, chip):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_no_value_changes_threads_in_the_loop_of_the_gluon_kernel_on(kernels, chip):
-    found = [kernel for kernel in kernels[chip] if kernel["gluon"] and not kernel["later_ranks"]]
+def test_only_rows_of_up_change_threads_in_the_loop_of_the_gluon_kernel_on(kernels, chip):
+    found = [kernel for kernel in kernels[chip] if kernel["gluon"]]
     assert len(found) >= (0 if chip < 80 else 8)
-    assert not [kernel for kernel in found if kernel["barriers"]]
+    # before and after the next rows are written, in one tile of eight; a warpgroup waits for its fence as well
+    assert {kernel["barriers"] for kernel in found if kernel["terms"]} <= {2, 3}
+    assert not [kernel for kernel in found if kernel["barriers"] and not kernel["terms"]]
     assert all(bool(kernel["products"]) == bool(kernel["terms"]) for kernel in found)

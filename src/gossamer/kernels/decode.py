@@ -33,6 +33,7 @@ if HAS_GLUON:
     from gossamer.kernels.decode_gluon import gluon_decode_kernel
 
 BF16_CAPABILITY = (8, 0)
+HOPPER = (9, 0)
 OUTPUTS = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 
@@ -75,7 +76,7 @@ def bound_decode(
     row_scale: torch.Tensor | None = None,
 ) -> BoundLaunch:
     """`decode` made ready, to be run as often as its tensors change their contents."""
-    return _bound(_geometry(packed, out, terms), packed, out, terms, row_scale)
+    return bound_decode_by(_geometry(packed, out, terms), packed, out, terms, row_scale)
 
 
 def decode_by(
@@ -86,18 +87,19 @@ def decode_by(
     row_scale: torch.Tensor | None = None,
     tiles_each: int | None = None,
 ) -> None:
-    """`decode` with a geometry, and a number of tiles a program, of one's own: what a search for better ones calls."""
-    _bound(geometry, packed, out, terms, row_scale, tiles_each)()
+    """`decode` with a geometry, and a number of tiles a program, of one's own."""
+    bound_decode_by(geometry, packed, out, terms, row_scale, tiles_each)()
 
 
-def _bound(
+def bound_decode_by(
     geometry: Geometry,
     packed: Packed,
     out: torch.Tensor,
-    terms: StackedTerms | None,
-    row_scale: torch.Tensor | None,
+    terms: StackedTerms | None = None,
+    row_scale: torch.Tensor | None = None,
     tiles_each: int | None = None,
 ) -> BoundLaunch:
+    """`decode_by` made ready: what a search for better geometries times."""
     _require_output(packed, out, row_scale)
     width = out.shape[1]
     layout = _layout(packed, width, terms)
@@ -116,7 +118,8 @@ def _geometry(packed: Packed, out: torch.Tensor, terms: StackedTerms | None) -> 
     """The chosen geometry, or what serves every chip: before Ampere, for float32 factors, in the interpreter."""
     short = terms is None or terms.up.dtype != torch.float32
     if short and HAS_GLUON and out.is_cuda and _has_bf16(out.device):
-        return chosen_geometry(packed.format, out.dtype, 0 if terms is None else terms.up.shape[1])
+        ranks = 0 if terms is None else terms.up.shape[1]
+        return chosen_geometry(packed.format, out.dtype, ranks, _capability(out.device) == HOPPER)
     return STORED_ONLY if terms is None else WITH_TERMS
 
 
@@ -168,7 +171,9 @@ def _static(layout: _Layout, geometry: Geometry, output: str = "") -> dict[str, 
     if output:
         options["OUTPUT"] = output
     if geometry.run:
-        options |= {"RUN": geometry.run, "KEPT": geometry.kept, "DOWN": geometry.down}
+        span = geometry.cols // known.width_multiple * known.block_bytes if geometry.ahead else 0
+        options |= {"RUN": geometry.run, "KEPT": geometry.kept, "DOWN": geometry.down, "SPAN": span}
+        options["WARPGROUP"] = geometry.warpgroup
     else:
         options |= {"PRECISION": _precision(layout), "STAGES": geometry.stages, "num_stages": 1}
     return {
@@ -266,9 +271,14 @@ def _require_one_device(packed: Packed, target: torch.Tensor, terms: StackedTerm
 
 
 @cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked once a device: the answer comes from the driver."""
+    return torch.cuda.get_device_capability(device)
+
+
 def _has_bf16(device: torch.device) -> bool:
     """Whether it is Ampere or later: the products of `decode_gluon` and bfloat16."""
-    return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    return _capability(device) >= BF16_CAPABILITY
 
 
 @cache

@@ -1,11 +1,11 @@
 """How the decode kernels cut a weight into tiles, warps and programs: which geometry serves which format and output.
 
-The numbers come from `benchmarks/tune_decode.py` on an H200, on FLUX's widest layer.
+The numbers come from `benchmarks/tune_decode.py` on an H200, on all linears of a step of FLUX.1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -20,7 +20,7 @@ class Geometry:
 
     `programs` is about how many of them a multiprocessor gets: their tiles follow from it. None stands for one tile.
     With a `run` the kernel is `decode_gluon`'s: neighbours of a thread in a row, further bits of a column that are a
-    thread's own, and lanes that have rows of their own: 8 for terms, or 4 with transposed factors.
+    thread's own, lanes that have rows of their own (8 for terms), and tiles ahead whose codes are asked for (0 or 1).
     """
 
     rows: int
@@ -32,6 +32,8 @@ class Geometry:
     run: int = 0
     kept: int = 0
     down: int = 1
+    ahead: int = 0
+    warpgroup: bool = False
 
 
 # 32 values a thread: four 16-byte stores of bf16 in flight, and runs of 512 values that are written side by side.
@@ -43,32 +45,53 @@ ROW_SCALE = Geometry(4, 512, 4)
 # A program has whole rows: two of eight warps on a multiprocessor hold all rows of the widest layer at once.
 ROW_SCALE_WITH_TERMS = Geometry(64, 128, 8, registers=128)
 
-
-# families whose tiles with terms are faster in `decode_gluon`; the others are as fast or faster in Triton's layouts
-GLUON_TERMS = ("fp8", "int8", "four_bit", "k32")
+FEW_RANKS = 32
+# further columns of a thread, so that it reads each byte of codes once; 64 apart where bytes are not shared
+_KEPT = {"k16": 96, "k32": 32, "legacy": 16}
 
 
 @cache
-def chosen_geometry(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
+def chosen_geometry(storage: str, dtype: torch.dtype, rank: int, hopper: bool = False) -> Geometry:
     """The geometry from Ampere on, for low-rank factors of 16 bits; 0 ranks stand for none. Measured by `tune_decode`.
 
-    Two-byte outputs without terms are bound by what they write, whatever the layout. A thread writes up to 16 bytes at
-    a time and reads no code twice: fields of a super-block share their bytes. From 64 ranks on, `down` takes too many
-    registers of a thread to stay in them.
+    Two-byte outputs without terms are bound by what they write, whatever the layout. With many ranks, `down` is read
+    from shared memory once for 16 rows; Hopper's warpgroups read it once for 64.
     """
-    family, short = READABLE[storage].family, dtype.itemsize == 1
-    if rank:
-        return gluon_terms(storage, dtype) if rank_step(rank) < 64 and family in GLUON_TERMS else WITH_TERMS
-    if short and family == "k16":
+    family, to_fp8 = READABLE[storage].family, dtype == torch.float8_e4m3fn
+    if rank == 0:
+        return _plain(storage, family, dtype)
+    if family == "plain" or rank > rank_step(rank) or (family == "legacy" and not to_fp8):
+        return WITH_TERMS
+    if rank <= FEW_RANKS:
+        return gluon_terms(storage, dtype)
+    return warpgroup_terms(storage) if to_fp8 and hopper else WITH_TERMS
+
+
+def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
+    """Without terms, a thread writes up to 16 bytes at a time and reads no code twice: fields share their bytes."""
+    if dtype.itemsize > 1 or family == "plain":
+        return STORED_ONLY
+    if storage == "Q3_K":
+        return Geometry(8, 1024, 4, run=16, kept=96, down=2)
+    if family == "k16":
         return Geometry(8, 512, 4, run=8, kept=96, down=2)
-    if short and family == "k32" and storage != "IQ4_XS":
-        return Geometry(8, 512, 4, programs=32, run=8, kept=32)
-    return Geometry(8, 512, 4, run=16) if short and family in ("four_bit", "legacy") else STORED_ONLY
+    if storage in ("Q4_K", "Q5_K"):
+        return Geometry(8, 512, 4, run=16, kept=32, down=2)
+    return Geometry(8, 512, 4, run=16)
 
 
 def gluon_terms(storage: str, dtype: torch.dtype) -> Geometry:
-    """The geometry of `decode_gluon` for at most 32 ranks: `down` stays in registers."""
+    """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side."""
     family = READABLE[storage].family
+    if dtype == torch.float8_e4m3fn:
+        run, kept = 8 if family == "k16" else 16, 64 if storage.startswith("IQ4") else _KEPT.get(family, 64)
+        return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
-    kept = {8: 64 if family == "k16" else 32, 16: 0}[run]
-    return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8)
+    kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
+    return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)
+
+
+def warpgroup_terms(storage: str) -> Geometry:
+    """The geometry of `decode_gluon` to fp8 for up to 64 ranks on Hopper: the same columns a thread, warps stacked."""
+    few = gluon_terms(storage, torch.float8_e4m3fn)
+    return replace(few, rows=64, cols=few.cols // few.warps, registers=128, warpgroup=True)

@@ -42,6 +42,7 @@ def stored_tile(
     nested_offset: tl.tensor,
     levels: tl.tensor,
     nested_levels: tl.tensor,
+    units: tl.tensor,
     begin: tl.tensor,
     rows: tl.tensor,
     first: tl.tensor,
@@ -55,27 +56,34 @@ def stored_tile(
     EVEN: tl.constexpr,
     RUN: tl.constexpr,
 ) -> tl.tensor:
-    """Float32 weights (ROWS, COLS) of the stored matrix of `width` columns; undefined beyond its last column."""
+    """Weights (ROWS, COLS) of the stored matrix of `width` columns; undefined beyond its last column.
+
+    Float32; or, where the rows have `units` (rows,), float16 in these units, rounded twice on the way.
+    """
     if FAMILY == "plain":
         tile = plain_tile(codes, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "int8":
-        tile = int8_tile(codes, scale, begin, rows, first, width, ROWS, COLS, EVEN)
+        tile = int8_tile(codes, scale, units, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "fp8":
-        tile = fp8_tile(codes, scale, begin, rows, first, width, ROWS, COLS, EVEN)
+        tile = fp8_tile(codes, scale, units, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "fp8_e5m2":
-        tile = fp8_e5m2_tile(codes, scale, begin, rows, first, width, ROWS, COLS, EVEN)
+        tile = fp8_e5m2_tile(codes, scale, units, begin, rows, first, width, ROWS, COLS, EVEN)
     elif FAMILY == "four_bit":
         tile = four_bit_tile(
-            codes, scale, nested_scale, nested_offset, levels, nested_levels,
+            codes, scale, nested_scale, nested_offset, levels, nested_levels, units,
             begin, rows, first, width, nested_levels is not None, ROWS, COLS, EVEN, RUN,
         )  # fmt: skip
     elif FAMILY == "legacy":
-        tile = legacy_tile(codes, levels, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN)
+        tile = legacy_tile(
+            codes, levels, units, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN
+        )
     elif FAMILY == "k16":
-        tile = k16_tile(codes, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN)
+        tile = k16_tile(codes, units, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN)
     else:
         tl.static_assert(FAMILY == "k32")
-        tile = k32_tile(codes, levels, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN)
+        tile = k32_tile(
+            codes, levels, units, begin, rows, first, width, row_bytes, FORMAT, BYTES, ROWS, COLS, EVEN, RUN
+        )
     return tile
 
 
@@ -87,6 +95,7 @@ def base_tile(
     nested_offset: tl.tensor,
     levels: tl.tensor,
     nested_levels: tl.tensor,
+    units: tl.tensor,
     begin: tl.tensor,
     rows: tl.tensor,
     first: tl.tensor,
@@ -100,9 +109,9 @@ def base_tile(
     EVEN: tl.constexpr,
     RUN: tl.constexpr,
 ) -> tl.tensor:
-    """Float32 stored weights (ROWS, COLS), zero beyond their own width."""
+    """Stored weights (ROWS, COLS) as `stored_tile` gives them, zero beyond their own width."""
     tile = stored_tile(
-        codes, scale, nested_scale, nested_offset, levels, nested_levels,
+        codes, scale, nested_scale, nested_offset, levels, nested_levels, units,
         begin, rows, first, stored_width, row_bytes, FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, RUN,
     )  # fmt: skip
     if EVEN:
@@ -117,6 +126,12 @@ def band_place(program: tl.tensor, rows: tl.tensor, band_rows: tl.tensor, rows_e
     programs = tl.cdiv(band_rows, rows_each)
     band = program // programs
     return band, band * band_rows + program % programs * rows_each, tl.minimum(rows, (band + 1) * band_rows)
+
+
+@triton.constexpr_function
+def in_halves(output: str, family: str) -> bool:
+    """Whether stored weights are float16 in units of their row on the way to the output."""
+    return output == "fp8" and family != "plain"
 
 
 @triton.jit
@@ -215,6 +230,7 @@ def decode_kernel(
     col = first + tl.arange(0, COLS)
     if up is not None:
         right = _down_tile(down, rank_scale, band * rank, col, width, RANKS, EVEN)
+    SHORT: tl.constexpr = in_halves(OUTPUT, FAMILY)
     for index in tl.range(0, tiles_each, num_stages=STAGES):  # no loop at all where there is one tile
         wanted = begin + index * ROWS + tl.arange(0, ROWS)
         row = tl.minimum(wanted, stop - 1)
@@ -224,15 +240,19 @@ def decode_kernel(
         if OUTPUT != "float":
             unit = tl.load(row_scale + row)
         tile = base_tile(
-            codes, scale, nested_scale, nested_offset, levels, nested_levels,
+            codes, scale, nested_scale, nested_offset, levels, nested_levels, row_scale if SHORT else None,
             begin + index * ROWS, stop, first, stored_width, row_bytes,
             FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, 0,
         )  # fmt: skip
         if up is not None:
-            tile = tl.dot(left, right, tile, input_precision=PRECISION)
+            added = tl.zeros((ROWS, COLS), tl.float32) if SHORT else tile
+            added = tl.dot(left, right, added, input_precision=PRECISION)
             if LATER_RANKS:
-                tile = _add_later_ranks(tile, up, down, rank_scale, row, col, band, width, rank, RANKS, PRECISION, EVEN)
-        if OUTPUT != "float":
+                added = _add_later_ranks(
+                    added, up, down, rank_scale, row, col, band, width, rank, RANKS, PRECISION, EVEN
+                )
+            tile = tl.fma(added, (1.0 / unit)[:, None], tile.to(tl.float32)) if SHORT else added
+        if OUTPUT != "float" and not SHORT:
             tile *= tl.div_rn(1.0, unit)[:, None]
         value = rounded(tile, out.dtype.element_ty, OUTPUT)
         pointer = out + wanted.to(tl.int64)[:, None] * out_stride + col[None, :]
@@ -279,7 +299,7 @@ def row_scale_kernel(
     for first in tl.range(0, width, COLS, num_stages=STAGES):
         col = first + tl.arange(0, COLS)
         tile = base_tile(
-            codes, scale, nested_scale, nested_offset, levels, nested_levels,
+            codes, scale, nested_scale, nested_offset, levels, nested_levels, None,
             begin, stop, first, stored_width, row_bytes,
             FAMILY, FORMAT, BYTES, ROWS, COLS, EVEN, 0,
         )  # fmt: skip

@@ -32,12 +32,12 @@ FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True)
 class Readable:
-    """A format that the kernels read: `width_multiple` is what a row's length must be a multiple of."""
+    """A format that the kernels read: a row is made of blocks of `width_multiple` codes in `block_bytes` bytes."""
 
     name: str
     family: str
     width_multiple: int
-    block_bytes: int = 0
+    block_bytes: int
 
 
 def _gguf(family: str, *names: str) -> list[Readable]:
@@ -46,9 +46,9 @@ def _gguf(family: str, *names: str) -> list[Readable]:
 
 
 _ROWS = (
-    *(Readable(name, "plain", 1) for name in ("fp32", "fp16", "bf16")),
-    *(Readable(name, name, 1) for name in ("fp8", "fp8_e5m2", "int8")),
-    *(Readable(name, "four_bit", BLOCK) for name in ("nf4", "fp4", "nf4-dq", "fp4-dq")),
+    *(Readable(name, "plain", 1, size) for name, size in (("fp32", 4), ("fp16", 2), ("bf16", 2))),
+    *(Readable(name, name, 1, 1) for name in ("fp8", "fp8_e5m2", "int8")),
+    *(Readable(name, "four_bit", BLOCK, BLOCK // 2) for name in ("nf4", "fp4", "nf4-dq", "fp4-dq")),
     *_gguf("legacy", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"),
     *_gguf("k16", "Q2_K", "Q3_K", "Q6_K"),
     *_gguf("k32", "Q4_K", "Q5_K", "IQ4_XS"),

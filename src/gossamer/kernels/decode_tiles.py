@@ -4,6 +4,9 @@ A loader returns the float32 weights (ROWS, COLS) of the tile whose first row is
 first column is `first`, a multiple of COLS. It rounds in the same places as the reference in `gossamer.formats`,
 so both agree bit for bit when kernels are compiled with `enable_fp_fusion=False`.
 
+Towards fp8 it is given the `units` of its rows, and returns float16 in these units: codes are exact there too, scales
+and results are rounded to eleven bits, and two values share every instruction.
+
 Loaders are written for two languages: Triton, which chooses a layout for each step, and Gluon, where the kernel states
 the layout of the weights alone and all others follow from it backwards. An index then has one layout, so every load
 makes its own indices with `steps` and `tile_rows`, and none is used for two loads of different shapes.
@@ -29,6 +32,8 @@ from triton import knobs
 # 2^23: the float32 whose lowest fraction bit is worth 1, so that OR-ing a small integer into it adds that integer
 _MAGIC_BITS = tl.constexpr(0x4B000000)
 _MAGIC = tl.constexpr(8388608.0)
+# 2^10: the same for float16 and bytes
+_HALF_MAGIC = tl.constexpr(1024.0)
 
 
 if knobs.runtime.interpret:
@@ -113,47 +118,80 @@ def load_byte(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
     return tl.load(pointer, mask=mask, other=0)
 
 
+@triton.constexpr_function
+def word_bytes(aligned: bool, run: int) -> int:
+    """Bytes of a word of `load_words`."""
+    return 4 if aligned or run else 2
+
+
+@triton.constexpr_function
+def _shifts(count: int) -> str:
+    """PTX: `count` words, each from two neighbours of count + 1, by one selection of bytes for all."""
+    word = [
+        f"${count + place}" for place in range(count + 1)
+    ]  # the next operand but the last is the same `count` times
+    return " ".join(f"prmt.b32 ${place}, {word[place]}, {word[place + 1]}, ${3 * count};" for place in range(count))
+
+
+@triton.constexpr_function
+def _shift_operands(count: int) -> str:
+    """Their constraints: `count` results; words, the word behind them and the selection, `count` times each."""
+    return ",".join(["=r"] * count + ["r"] * 3 * count)
+
+
 @triton.jit
-def word_pointer(pointer: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
-    """A pointer to bytes as one to words of WORD bytes."""
-    if WORD == 4:
-        return pointer.to(tl.pointer_type(tl.int32))
+def load_words(
+    start: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, ALIGNED: tl.constexpr, RUN: tl.constexpr
+) -> tl.tensor:
+    """int32 words (ROWS, parts, COUNT * 4 / WORD) of WORD = `word_bytes` bytes from each of `start` (ROWS, parts) on.
+
+    Addresses are multiples of four where ALIGNED, else of two. A Gluon thread, which has RUN neighbouring elements and
+    so RUN / 4 words, then reads one word more and shifts: a warp's load takes as long as it has rows, whatever its
+    width. The word at either end may reach two bytes beyond the block, never into another granule of four bytes.
+    """
+    if ALIGNED:
+        pointer = start.to(tl.pointer_type(tl.int32))[:, :, None] + steps(COUNT)[None, None, :]
+        return tl.load(pointer, mask=inside[:, :, None], other=0)
+    elif RUN == 0:
+        pointer = start.to(tl.pointer_type(tl.uint16))[:, :, None] + steps(COUNT * 2)[None, None, :]
+        return tl.load(pointer, mask=inside[:, :, None], other=0).to(tl.int32)
     else:
-        tl.static_assert(WORD == 2)
-        return pointer.to(tl.pointer_type(tl.uint16))
-
-
-@triton.jit
-def load_words(start: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, WORD: tl.constexpr) -> tl.tensor:
-    """COUNT words of WORD bytes from each of `start` (ROWS, parts) on: (ROWS, parts, COUNT)."""
-    pointer = word_pointer(start, WORD)[:, :, None] + steps(COUNT)[None, None, :]
-    return tl.load(pointer, mask=inside[:, :, None], other=0)
-
-
-@triton.jit
-def bytes_of(word: tl.tensor, WORD: tl.constexpr) -> tl.tensor:
-    """The bytes of int32 words (..., parts, words), lowest first: int32 (..., parts, words * WORD)."""
-    if len(word.shape) == 3:
-        each = (word[:, :, :, None] >> (steps(WORD) * 8)[None, None, None, :]) & 255
-        return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2] * WORD))
-    else:
-        each = (word[:, :, :, :, None] >> (steps(WORD) * 8)[None, None, None, None, :]) & 255
-        return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2], word.shape[3] * WORD))
+        GROUP: tl.constexpr = RUN // 4
+        odd = (start.to(tl.int64) & 2).to(tl.int32)[:, :, None, None]
+        pointer = (start[:, :, None, None] - odd).to(tl.pointer_type(tl.int32))
+        group = (steps(COUNT // GROUP) * GROUP)[None, None, :, None]
+        there = inside[:, :, None, None]
+        word = tl.load(pointer + group + steps(GROUP)[None, None, None, :], mask=there, other=0)
+        behind = tl.load(pointer + group + GROUP, mask=there & (odd != 0), other=0)
+        shifted = tl.inline_asm_elementwise(
+            _shifts(GROUP),
+            _shift_operands(GROUP),
+            [word, behind, 0x3210 + odd * 0x1111],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=GROUP,
+        )
+        return tl.reshape(shifted, (start.shape[0], start.shape[1], COUNT))
 
 
 if knobs.runtime.interpret:
 
     @triton.jit
-    def byte_float(word: tl.tensor, which: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
-        """Byte number `which` of int32 words, less OFFSET, as float32."""
-        return exact_float((word >> (which * 8)) & 255, OFFSET)
+    def _byte_float(word: tl.tensor, which: tl.tensor) -> tl.tensor:
+        """2^23 and byte number `which` of int32 words, as float32."""
+        return exact_float((word >> (which * 8)) & 255, 0) + _MAGIC
+
+    @triton.jit
+    def _byte_half(word: tl.tensor, which: tl.tensor) -> tl.tensor:
+        """1024 and byte number `which` of int32 words, as float16."""
+        return (((word >> (which * 8)) & 255) + 1024).to(tl.float16)
 
 else:
 
     @triton.jit
-    def byte_float(word: tl.tensor, which: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
-        """Byte number `which` of int32 words, less OFFSET, as float32: as `exact_float`, in one permutation less."""
-        magic = tl.inline_asm_elementwise(
+    def _byte_float(word: tl.tensor, which: tl.tensor) -> tl.tensor:
+        """2^23 and byte number `which` of int32 words, as float32: as in `exact_float`, in one permutation less."""
+        return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, 0x4B000000, $2;",  # the wanted byte, two zeros, the exponent
             "=f,r,r",
             [word, which + 0x7540],
@@ -161,18 +199,47 @@ else:
             is_pure=True,
             pack=1,
         )
-        return magic - (_MAGIC + OFFSET)
+
+    @triton.jit
+    def _byte_half(word: tl.tensor, which: tl.tensor) -> tl.tensor:
+        """1024 and byte number `which` of int32 words, as float16: two neighbours in one permutation."""
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0x64646464, $3;",  # a byte, the exponent, the next byte, the exponent
+            "=r,r,r,r,r",
+            [word, which * 0x0101 + 0x4140],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
-def float_bytes(word: tl.tensor, WORD: tl.constexpr, OFFSET: tl.constexpr) -> tl.tensor:
-    """`bytes_of` as float32, less OFFSET."""
+def byte_value(word: tl.tensor, which: tl.tensor, OFFSET: tl.constexpr, SHORT: tl.constexpr) -> tl.tensor:
+    """Byte number `which` of int32 words, less OFFSET: float32, or float16 where SHORT. Exact."""
+    if SHORT:
+        return _byte_half(word, which) - (_HALF_MAGIC + OFFSET)
+    else:
+        return _byte_float(word, which) - (_MAGIC + OFFSET)
+
+
+@triton.jit
+def byte_values(word: tl.tensor, WORD: tl.constexpr, OFFSET: tl.constexpr, SHORT: tl.constexpr) -> tl.tensor:
+    """Bytes of words of WORD bytes (..., words), lowest first, less OFFSET: (..., words * WORD), as `byte_value`."""
     if len(word.shape) == 3:
-        each = byte_float(word[:, :, :, None], steps(WORD)[None, None, None, :], OFFSET)
+        each = byte_value(word[:, :, :, None], steps(WORD)[None, None, None, :], OFFSET, SHORT)
         return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2] * WORD))
     else:
-        each = byte_float(word[:, :, :, :, None], steps(WORD)[None, None, None, None, :], OFFSET)
+        each = byte_value(word[:, :, :, :, None], steps(WORD)[None, None, None, None, :], OFFSET, SHORT)
         return tl.reshape(each, (word.shape[0], word.shape[1], word.shape[2], word.shape[3] * WORD))
+
+
+@triton.jit
+def in_row_units(scale: tl.tensor, units: tl.tensor, begin: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """Float32 scales (ROWS, parts), divided by the rows' `units` (rows,) if there are any."""
+    if units is None:
+        return scale
+    else:
+        return scale * (1.0 / tl.load(units + begin + tile_rows(begin, rows, scale.shape[0])))[:, None]
 
 
 @triton.jit

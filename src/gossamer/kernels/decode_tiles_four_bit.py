@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gossamer.kernels.decode_tiles import load_byte, look_up, row_starts, steps, tile_rows, whole
+from gossamer.kernels.decode_tiles import in_row_units, load_byte, look_up, row_starts, steps, tile_rows, whole
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def four_bit_tile(
     nested_offset: tl.tensor,
     levels: tl.tensor,
     nested_levels: tl.tensor,
+    units: tl.tensor,
     begin: tl.tensor,
     rows: tl.tensor,
     first: tl.tensor,
@@ -47,4 +48,6 @@ def four_bit_tile(
     # bytes come lowest first, and in a byte the high four bits: shifts 4, 0, 12, 8, ...
     place = steps(8)[None, None, :] ^ 1
     value = look_up(levels, packed[:, :, None] >> (place * 4), RUN)
-    return tl.reshape(tl.reshape(value, (ROWS, COLS // 64, 64)) * largest[:, :, None], (ROWS, COLS))
+    value = tl.reshape(value if units is None else value.to(tl.float16), (ROWS, COLS // 64, 64))
+    scale = in_row_units(largest, units, begin, rows).to(value.dtype)
+    return tl.reshape(value * scale[:, :, None], (ROWS, COLS))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
-from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
+from gossamer.kernels.decode_tiles import in_row_units, row_starts, steps, tile_rows, whole
 
 
 @triton.jit
@@ -50,9 +51,46 @@ def plain_tile(
 
 
 @triton.jit
+def _row_scale(scale: tl.tensor, units: tl.tensor, begin: tl.tensor, rows: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """(ROWS, 1): the stored scale of each row, in `units` if there are any."""
+    return in_row_units(tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None], units, begin, rows)
+
+
+if knobs.runtime.interpret:
+
+    @triton.jit
+    def _int8_half(code: tl.tensor) -> tl.tensor:
+        """int8 as float16."""
+        return code.to(tl.float16)
+
+else:
+
+    @triton.jit
+    def _int8_half(code: tl.tensor) -> tl.tensor:
+        """int8 as float16, four at a time: 128 is added as a bit, then each byte becomes the end of 1024."""
+        shifted = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 word;
+            xor.b32 word, $2, 0x80808080;
+            prmt.b32 $0, word, 0x64646464, 0x4140;
+            prmt.b32 $1, word, 0x64646464, 0x4342;
+            }
+            """,
+            "=r,=r,r",
+            [code],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+        return shifted - 1152.0
+
+
+@triton.jit
 def int8_tile(
     codes: tl.tensor,
     scale: tl.tensor,
+    units: tl.tensor,
     begin: tl.tensor,
     rows: tl.tensor,
     first: tl.tensor,
@@ -62,17 +100,17 @@ def int8_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row]."""
-    code, unit = (
-        _values(codes, begin, rows, first, width, ROWS, COLS, EVEN),
-        tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None],
-    )
-    return code.to(tl.float32) * unit
+    code = _values(codes, begin, rows, first, width, ROWS, COLS, EVEN)
+    unit = _row_scale(scale, units, begin, rows, ROWS)
+    value = code.to(tl.float32) if units is None else _int8_half(code)
+    return value * unit.to(value.dtype)
 
 
 @triton.jit
 def fp8_tile(
     codes: tl.tensor,
     scale: tl.tensor,
+    units: tl.tensor,
     begin: tl.tensor,
     rows: tl.tensor,
     first: tl.tensor,
@@ -83,8 +121,10 @@ def fp8_tile(
 ) -> tl.tensor:
     """w = code * scale[row], codes e4m3fn, as such or as bytes."""
     code = _values(codes, begin, rows, first, width, ROWS, COLS, EVEN)
-    unit = tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None]
-    if code.dtype == tl.float8e4nv:
+    unit = _row_scale(scale, units, begin, rows, ROWS)
+    if units is not None:
+        return code.to(tl.float16) * unit.to(tl.float16)
+    elif code.dtype == tl.float8e4nv:
         return code.to(tl.float32) * unit
     else:
         # the four exponent bits of e4m3 (bias 7) as the low ones of float16's five (bias 15): 2^-8 of the value,
@@ -98,6 +138,7 @@ def fp8_tile(
 def fp8_e5m2_tile(
     codes: tl.tensor,
     scale: tl.tensor,
+    units: tl.tensor,
     begin: tl.tensor,
     rows: tl.tensor,
     first: tl.tensor,
@@ -107,8 +148,8 @@ def fp8_e5m2_tile(
     EVEN: tl.constexpr,
 ) -> tl.tensor:
     """w = code * scale[row], codes e5m2: the upper byte of a float16."""
-    code, unit = (
-        _values(codes, begin, rows, first, width, ROWS, COLS, EVEN),
-        tl.load(scale + begin + tile_rows(begin, rows, ROWS))[:, None],
-    )
-    return (code.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32) * unit
+    code = _values(codes, begin, rows, first, width, ROWS, COLS, EVEN)
+    unit = _row_scale(scale, units, begin, rows, ROWS)
+    half = (code.to(tl.int16) << 8).to(tl.float16, bitcast=True)
+    value = half.to(tl.float32) if units is None else half
+    return value * unit.to(value.dtype)
