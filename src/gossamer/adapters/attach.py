@@ -27,6 +27,8 @@ from gossamer.models.swap import linear_layers
 
 Values = Mapping[str, torch.Tensor]
 
+Step = tuple[Mapping[str, nn.Module | None], str, nn.Module]  # the children of a module, a name, and its child
+
 RECORD = "attached_adapters"
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
 
@@ -39,23 +41,30 @@ class Places:
     """
 
     layers: Mapping[str, QuantLinear]
-    steps: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module], ...]
+    steps: tuple[Step, ...]
 
     @staticmethod
     def of(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Places:
         """The places of these layers."""
-        steps: dict[str, tuple[Mapping[str, nn.Module | None], str, nn.Module]] = {}
+        steps: dict[str, Step] = {}
         for name in layers:
-            module, path = model, ""
-            for part in name.split("."):
-                path, parent = f"{path}.{part}", module
-                module = parent.get_submodule(part)
-                steps.setdefault(path, (parent._modules, part, module))
+            _reach(model, name, steps)
         return Places(layers, tuple(steps.values()))
 
     def hold(self) -> bool:
         """Whether nothing on the way was replaced."""
         return all(children.get(name) is module for children, name, module in self.steps)
+
+
+def _reach(model: nn.Module, path: str, steps: dict[str, Step]) -> nn.Module:
+    """The module of a dotted name that the model has; each step of the way is taken once and remembered."""
+    if not path:
+        return model
+    if path not in steps:
+        above, _, name = path.rpartition(".")
+        children = _reach(model, above, steps)._modules
+        steps[path] = (children, name, cast(nn.Module, children[name]))
+    return steps[path][2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +216,7 @@ def _find(
     lost = [target for target, layer in places.layers.items() if not layer.has(name)]
     lost += [] if places.hold() else list(places.layers)[:1]
     texts = text_targets(adapter, text_encoders or {})
-    lost += ["the text encoders" for layer, _ in texts if name not in layer.names()]
+    lost += ["the text encoders" for layer, _ in texts if not layer.has(name)]
     if lost:
         raise AdapterError(
             f"Parts of the adapter {name!r} are gone from the model, such as the one of {lost[0]!r}.",
@@ -221,7 +230,7 @@ def _find(
 
 
 def _check(model: nn.Module, layers: list[QuantLinear], spec: FluxSpec, adapter: Adapter, name: str) -> None:
-    taken = name in attached(model) or any(name in layer.names() for layer in layers)
+    taken = name in attached(model) or any(layer.has(name) for layer in layers)
     if taken:
         raise AdapterError(
             f"An adapter called {name!r} is already attached.",

@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
 
     def _changed(self) -> None:
         """Count a change of structure, here and in the model that the layer is part of."""
-        self.revision += 1
+        vars(self)["revision"] += 1  # as self.revision, without torch's search for a parameter of that name
         if self._execution is not None:
             self._execution.workspace.terms.structure += 1
 
@@ -132,7 +132,7 @@ class QuantLinear(nn.Module):
                 "Names tell adapters apart; adding the same one twice would double its effect unnoticed.",
                 "Remove it first, or attach this one under another name.",
             )
-        if (term.out_features, term.in_features) != (self.out_features, self.in_features):
+        if term.shape != (self.out_features, self.in_features):
             raise AdapterError(
                 f"Adapter {term.name!r} does not fit this layer.",
                 f"It maps {term.in_features} to {term.out_features} features, "
