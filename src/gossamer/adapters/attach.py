@@ -22,6 +22,7 @@ from gossamer.adapters.terms import DecomposedTerm, LinearTerm
 from gossamer.adapters.text_encoders import TextEncoders, text_norms, text_targets
 from gossamer.errors import AdapterError, WrongModelError
 from gossamer.layers import Decomposed, QuantLinear, Term
+from gossamer.layers.moves import move_terms
 from gossamer.models.flux_spec import FluxSpec
 from gossamer.models.swap import linear_layers
 
@@ -111,9 +112,11 @@ def attach(
     _check_terms(model, layers, adapter)
     _check_scale(adapter, name, scale)
     width = max(layers[INPUT_LAYER].in_features, adapter.input_channels or 0)
-    # built on the device first: an allocation that fails leaves the model as it was
-    terms = _layer_terms(layers, adapter.terms, name, scale)
+    # on the device before anything else: an allocation that fails leaves the model as it was
+    terms = {layers[target]: layer_term(layers[target], term, name, scale) for target, term in adapter.terms.items()}
     text_terms = {layer: layer_term(layer, term, name, scale) for layer, term in texts}
+    move_terms((term, layer.device) for layer, term in (*terms.items(), *text_terms.items()))
+    _share_norms(layers, adapter.terms, terms)
     if layers[INPUT_LAYER] in terms:
         terms[layers[INPUT_LAYER]] = terms[layers[INPUT_LAYER]].widened(width)
     control.set_input_width(model, layers[INPUT_LAYER], width)
@@ -149,13 +152,12 @@ def set_scale(model: nn.Module, name: str, scale: float, text_encoders: TextEnco
     _set_records(model, text_encoders or {}, {**attached(model), name: replace(record, scale=scale, norms=norms)})
 
 
-def _layer_terms(
-    layers: Mapping[str, QuantLinear], terms: Mapping[str, LinearTerm], name: str, scale: float
-) -> dict[QuantLinear, Term]:
-    made = {layers[target]: layer_term(layers[target], term, name, scale) for target, term in terms.items()}
+def _share_norms(
+    layers: Mapping[str, QuantLinear], terms: Mapping[str, LinearTerm], made: Mapping[QuantLinear, Term]
+) -> None:
+    """Measure the columns of every fused module that has a DoRA."""
     for group in dict.fromkeys(term.whole for term in terms.values() if isinstance(term, DecomposedTerm)):
         _share_norm([layers[target] for target in group], made)
-    return made
 
 
 def _share_norm(layers: Iterable[QuantLinear], made: Mapping[QuantLinear, Term]) -> None:
