@@ -142,12 +142,10 @@ def bias_of(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor |
     biases = [layer.effective_bias(dtype) for layer in layers]
     if all(bias is None for bias in biases):
         return None
-    if len(biases) == 1:
-        return biases[0]
     device = layers[0].packed.device
     pairs = zip(biases, layers, strict=True)
     filled = [torch.zeros(of.out_features, dtype=dtype, device=device) if bias is None else bias for bias, of in pairs]
-    return torch.cat(filled)
+    return torch.cat(filled)  # a copy even of one: a load or a cast of the model writes into the layer's own
 
 
 def merged(layers: Sequence[QuantLinear], execution: Execution) -> Operand:
