@@ -146,10 +146,11 @@ class GroupProduct:
 
     def remake(self, stacks: Sequence[Stack]) -> None:
         """Make the operand anew."""
-        layers = self._layers
+        layers, model = self._layers, self._model
+        assert model is not None
         execution = execution_of(layers[0])
         made = self._made(layers, self._parts(stacks), execution) if self._planned else merged(layers, execution)
-        self._operand, self._revisions = made, _count(layers)
+        self._operand, self._revisions, self._structure = made, _count(layers), model.structure
         self._writer = Writer(made, execution, layers[0].device) if made.weight is None else None
         self._keeper = Keeper(made, execution, made.weight) if made.copied and made.weight is not None else None
 
@@ -253,7 +254,8 @@ def _streamed(layers: Sequence[QuantLinear]) -> bool:
 
 def _filled(layers: Sequence[QuantLinear]) -> bool:
     """Whether the bytes of all layers are where products read them."""
-    return all(layer.stored.slot is None or layer.stored.slot.filled for layer in layers)
+    slots = [layer.stored.slot for layer in layers]
+    return all(slot is None or slot.filled for slot in slots)
 
 
 def _require_here(layers: Sequence[QuantLinear]) -> None:
