@@ -28,6 +28,7 @@ import torch
 from flux_step_cases import attach_ours, build_ours, detach_ours
 from flux_step_rows import RUN_STEPS, Schedule
 from gossamer.adapters import attached, set_scale
+from gossamer.adapters.host_memory import ready_for
 from gossamer.bench.random_flux import Workload, full_size, random_adapters, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.bench.timing import wait
@@ -110,12 +111,12 @@ def measured(work: Workload, name: str) -> Row:
 def adapter_changes(model: Any, work: Workload, step: Callable[[], object], kind: str) -> Row:
     """Swapping all adapters for others of the same ranks, and changing the scale of one.
 
-    The files are in host memory.
+    The others were read before, and are in host memory.
     """
     detach_ours(model)
     attach_ours(model, random_adapters(work, kind))
     before = usual(step, work)
-    others = [on_host(adapter) for adapter in random_adapters(work, kind)]
+    others = [ready_for(adapter, work.device) for adapter in random_adapters(work, kind)]  # as a reader leaves them
 
     def swap() -> None:
         detach_ours(model)
@@ -128,12 +129,6 @@ def adapter_changes(model: Any, work: Workload, step: Callable[[], object], kind
     row[f"{kind}_scale_ms"] = milliseconds(lambda: set_scale(model, name, 0.5), work)
     row[f"{kind}_step_after_scale_ms"] = milliseconds(step, work)
     return row
-
-
-def on_host(adapter: Any) -> Any:
-    """The adapter as a reader leaves it: its factors in host memory."""
-    terms = {name: replace(term, down=term.down.cpu(), up=term.up.cpu()) for name, term in adapter.terms.items()}
-    return replace(adapter, terms=terms)
 
 
 def usual(step: Callable[[], object], work: Workload) -> float:

@@ -172,6 +172,32 @@ def test_a_scale_that_passes_through_zero_between_two_calls_is_seen():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("joined", [False, True])
+def test_terms_leave_the_memory_that_they_came_in(joined):
+    """An adapter comes to a device in long runs of bytes, each free when none of its terms is in it any more."""
+    x, layers = torch.randn(1, 3, WIDTH), packed_layers("nf4")
+    run, stop = torch.randn(3 * 4 * WIDTH + 4 * sum(OUTS)) * 0.05, 0
+    for layer, out in zip(layers, OUTS, strict=True):
+        down = run[stop : stop + 4 * WIDTH].view(4, WIDTH)
+        up = run[stop + 4 * WIDTH : stop + 4 * (WIDTH + out)].view(out, 4)
+        layer.add(LowRank("style", down, up, 0.7))
+        stop += 4 * (WIDTH + out)
+    group = group_of(executed(layers, torch.float32))
+    if joined:
+        group.join()
+    expected = torch.cat([layer.merged_weight() for layer in layers])
+    group(Rows(x))
+    held = {
+        tensor.untyped_storage().data_ptr()
+        for layer in layers
+        for term in layer.adapters()
+        for tensor in term.tensors()
+    }
+    assert run.untyped_storage().data_ptr() not in held
+    assert torch.equal(torch.cat([layer.merged_weight() for layer in layers]), expected)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("operand", [torch.float32, torch.float8_e4m3fn, torch.int8])

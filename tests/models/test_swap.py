@@ -285,3 +285,15 @@ def test_a_weight_with_nan_names_its_layer():
     model[2].up.weight[0, 0] = float("nan")
     with pytest.raises(InvalidOptionError, match=r"Layer '2\.up'.*NaN"):
         quantize(model, "nf4")
+
+
+def test_linears_are_found_under_every_name_and_in_torch_s_order():
+    model = network()
+    model.again = model[1]
+    quantize(model, "int8")
+    named = model.named_modules(remove_duplicate=False)
+    expected = {name: module for name, module in named if isinstance(module, QuantLinear)}
+    found = linear_layers(model)
+    assert list(found.items()) == list(expected.items())
+    assert found["1.up"] is found["again.up"]
+    assert linear_layers(model[0]) == {"": model[0]}

@@ -237,7 +237,7 @@ def test_swap_changes_the_whole_set(pipe, ink, bundled, monkeypatch):
     assert list(adapters.attached(pipe.transformer)) == ["pencil", "ink"]
     assert pipe.schedules == {"ink": Schedule(0, 0.5)}
     read = []
-    monkeypatch.setattr(adapter_set, "read_adapters", lambda choices, spec: read.extend(choices) or ())
+    monkeypatch.setattr(adapter_set, "read_adapters", lambda choices, spec, device: read.extend(choices) or ())
     terms = terms_of(pipe)
     pipe.swap({"ink": 0.9, "pencil": 0.1})
     assert pipe.adapters == {"pencil": 0.1, "ink": 0.9}

@@ -22,10 +22,13 @@ from gossamer.adapters.terms import DecomposedTerm, LinearTerm
 from gossamer.adapters.text_encoders import TextEncoders, text_norms, text_targets
 from gossamer.errors import AdapterError, WrongModelError
 from gossamer.layers import Decomposed, QuantLinear, Term
+from gossamer.layers.moves import move_terms
 from gossamer.models.flux_spec import FluxSpec
 from gossamer.models.swap import linear_layers
 
 Values = Mapping[str, torch.Tensor]
+
+Step = tuple[Mapping[str, nn.Module | None], str, nn.Module]  # the children of a module, a name, and its child
 
 RECORD = "attached_adapters"
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
@@ -39,23 +42,30 @@ class Places:
     """
 
     layers: Mapping[str, QuantLinear]
-    steps: tuple[tuple[Mapping[str, nn.Module | None], str, nn.Module], ...]
+    steps: tuple[Step, ...]
 
     @staticmethod
     def of(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Places:
         """The places of these layers."""
-        steps: dict[str, tuple[Mapping[str, nn.Module | None], str, nn.Module]] = {}
+        steps: dict[str, Step] = {}
         for name in layers:
-            module, path = model, ""
-            for part in name.split("."):
-                path, parent = f"{path}.{part}", module
-                module = parent.get_submodule(part)
-                steps.setdefault(path, (parent._modules, part, module))
+            _reach(model, name, steps)
         return Places(layers, tuple(steps.values()))
 
     def hold(self) -> bool:
         """Whether nothing on the way was replaced."""
         return all(children.get(name) is module for children, name, module in self.steps)
+
+
+def _reach(model: nn.Module, path: str, steps: dict[str, Step]) -> nn.Module:
+    """The module of a dotted name that the model has; each step of the way is taken once and remembered."""
+    if not path:
+        return model
+    if path not in steps:
+        above, _, name = path.rpartition(".")
+        children = _reach(model, above, steps)._modules
+        steps[path] = (children, name, cast(nn.Module, children[name]))
+    return steps[path][2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +112,11 @@ def attach(
     _check_terms(model, layers, adapter)
     _check_scale(adapter, name, scale)
     width = max(layers[INPUT_LAYER].in_features, adapter.input_channels or 0)
-    # built on the device first: an allocation that fails leaves the model as it was
-    terms = _layer_terms(layers, adapter.terms, name, scale)
+    # on the device before anything else: an allocation that fails leaves the model as it was
+    terms = {layers[target]: layer_term(layers[target], term, name, scale) for target, term in adapter.terms.items()}
     text_terms = {layer: layer_term(layer, term, name, scale) for layer, term in texts}
+    move_terms((term, layer.device) for layer, term in (*terms.items(), *text_terms.items()))
+    _share_norms(layers, adapter.terms, terms)
     if layers[INPUT_LAYER] in terms:
         terms[layers[INPUT_LAYER]] = terms[layers[INPUT_LAYER]].widened(width)
     control.set_input_width(model, layers[INPUT_LAYER], width)
@@ -140,13 +152,12 @@ def set_scale(model: nn.Module, name: str, scale: float, text_encoders: TextEnco
     _set_records(model, text_encoders or {}, {**attached(model), name: replace(record, scale=scale, norms=norms)})
 
 
-def _layer_terms(
-    layers: Mapping[str, QuantLinear], terms: Mapping[str, LinearTerm], name: str, scale: float
-) -> dict[QuantLinear, Term]:
-    made = {layers[target]: layer_term(layers[target], term, name, scale) for target, term in terms.items()}
+def _share_norms(
+    layers: Mapping[str, QuantLinear], terms: Mapping[str, LinearTerm], made: Mapping[QuantLinear, Term]
+) -> None:
+    """Measure the columns of every fused module that has a DoRA."""
     for group in dict.fromkeys(term.whole for term in terms.values() if isinstance(term, DecomposedTerm)):
         _share_norm([layers[target] for target in group], made)
-    return made
 
 
 def _share_norm(layers: Iterable[QuantLinear], made: Mapping[QuantLinear, Term]) -> None:
@@ -207,7 +218,7 @@ def _find(
     lost = [target for target, layer in places.layers.items() if not layer.has(name)]
     lost += [] if places.hold() else list(places.layers)[:1]
     texts = text_targets(adapter, text_encoders or {})
-    lost += ["the text encoders" for layer, _ in texts if name not in layer.names()]
+    lost += ["the text encoders" for layer, _ in texts if not layer.has(name)]
     if lost:
         raise AdapterError(
             f"Parts of the adapter {name!r} are gone from the model, such as the one of {lost[0]!r}.",
@@ -221,7 +232,7 @@ def _find(
 
 
 def _check(model: nn.Module, layers: list[QuantLinear], spec: FluxSpec, adapter: Adapter, name: str) -> None:
-    taken = name in attached(model) or any(name in layer.names() for layer in layers)
+    taken = name in attached(model) or any(layer.has(name) for layer in layers)
     if taken:
         raise AdapterError(
             f"An adapter called {name!r} is already attached.",

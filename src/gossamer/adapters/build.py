@@ -33,10 +33,8 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # up (out, rank), down (rank, in)
 
 
 def layer_term(layer: QuantLinear, term: LinearTerm, name: str, scale: float) -> Term:
-    """The term on the layer's device, acting `scale` times."""
-    made = _made(layer, term, name, scale * term.multiplier)
-    made.move(layer.device)
-    return made
+    """What the layer adds, acting `scale` times; not on the layer's device yet."""
+    return _made(layer, term, name, scale * term.multiplier)
 
 
 def _made(layer: QuantLinear, term: LinearTerm, name: str, scale: float) -> Term:

@@ -11,6 +11,7 @@ import torch
 from gossamer.adapters.adapter import Adapter, wrong_size
 from gossamer.adapters.families import explain_unused, not_an_adapter, only_without_effect
 from gossamer.adapters.fused import split_term
+from gossamer.adapters.host_memory import ready_for
 from gossamer.adapters.kinds import ModuleTensors, build_term
 from gossamer.adapters.peft_settings import read_peft_settings, with_folder_settings
 from gossamer.adapters.spelling import Recognised, Roles, recognise
@@ -24,8 +25,11 @@ from gossamer.models.flux_spec import FluxSpec
 Tensors = Mapping[str, torch.Tensor]
 
 
-def read_adapter(path: Path | str, spec: FluxSpec) -> Adapter:
-    """The adapter in a safetensors file, for a model of the sizes in `spec`."""
+def read_adapter(path: Path | str, spec: FluxSpec, device: torch.device | str = "cpu") -> Adapter:
+    """The adapter in a safetensors file, for a model of the sizes in `spec`.
+
+    It is in host memory; `device` is that of the model, to which it is then attached sooner (see `host_memory`).
+    """
     header = read_header(path)
     keys = list(header.tensors)
     if not keys:
@@ -50,7 +54,7 @@ def read_adapter(path: Path | str, spec: FluxSpec) -> Adapter:
     except GossamerError as error:
         raise type(error)(f"{str(path)!r}: {error.what}", error.why, error.next_step) from error
     own_metadata = {name: text for name, text in header.metadata.items() if name != "format"}
-    return replace(adapter, metadata=own_metadata, sha256=sha256_file(path))
+    return ready_for(replace(adapter, metadata=own_metadata, sha256=sha256_file(path)), device)
 
 
 def build_adapter(found: Recognised, tensors: Tensors, spec: FluxSpec, metadata: Mapping[str, str]) -> Adapter:

@@ -40,7 +40,7 @@ class LinearTerm(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self))
 
     def _bias_rows(self, rows: Rows) -> torch.Tensor | None:
         return None if self.bias is None else take_rows(self.bias, rows)
@@ -50,7 +50,7 @@ class LinearTerm(ABC):
         if sound and (self.bias is None or tuple(self.bias.shape) == self.shape[:1]):
             return
         bias = "" if self.bias is None else f" and the bias is {tuple(self.bias.shape)}"
-        found = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(self) if tensor is not self.bias)
+        found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(self) if tensor is not self.bias)
         raise AdapterError(
             f"The factors of a {kind} term do not fit together.",
             f"They are {found or 'none'}{bias}; they have to be {needed}.",
@@ -293,11 +293,11 @@ def rank_of(term: LinearTerm) -> int | None:
     return None
 
 
-def _tensors(part: object) -> Iterator[torch.Tensor]:
+def tensors_of(part: object) -> Iterator[torch.Tensor]:
     """Every tensor of a term, those of its parts included."""
     for known in fields(part):  # type: ignore[arg-type]
         value = getattr(part, known.name)
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (LinearTerm, Matrix)):
-            yield from _tensors(value)
+            yield from tensors_of(value)

@@ -12,7 +12,7 @@ Formulas: LyCORIS (Yeh et al., 2023), FedPara (Hyeon-Woo et al., 2022), DoRA (Li
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ class Kronecker(Term):
     `kept` are ranges of its rows where the layer is one part of a larger one; none stands for all rows.
     """
 
+    tensor_fields: ClassVar[tuple[str, ...]] = ("left", "right", "bias")
     name: str
     left: torch.Tensor
     right: torch.Tensor
@@ -35,8 +36,12 @@ class Kronecker(Term):
     kept: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        shapes = f"left is {tuple(self.left.shape)} and right is {tuple(self.right.shape)}; both have to be matrices."
-        self._require(self.left.dim() == 2 and self.right.dim() == 2, shapes)
+        self._require(
+            self.left.dim() == 2 and self.right.dim() == 2,
+            lambda: (
+                f"left is {tuple(self.left.shape)} and right is {tuple(self.right.shape)}; both have to be matrices."
+            ),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,6 +75,7 @@ class Kronecker(Term):
 class Hadamard(Term):
     """delta = (up @ down) * (other_up @ other_down), element by element; ups are (out, rank), downs (rank, in)."""
 
+    tensor_fields: ClassVar[tuple[str, ...]] = ("up", "down", "other_up", "other_down", "bias")
     name: str
     up: torch.Tensor
     down: torch.Tensor
@@ -82,8 +88,13 @@ class Hadamard(Term):
         pairs = ((self.up, self.down), (self.other_up, self.other_down))
         matrices = all(up.dim() == down.dim() == 2 and up.shape[1] == down.shape[0] for up, down in pairs)
         alike = self.up.shape[:1] == self.other_up.shape[:1] and self.down.shape[1:] == self.other_down.shape[1:]
-        shapes = [tuple(part.shape) for pair in pairs for part in pair]
-        self._require(matrices and alike, f"The factors are {shapes}; both products have to be of one shape.")
+        self._require(
+            matrices and alike,
+            lambda: (
+                f"The factors are {[tuple(part.shape) for pair in pairs for part in pair]}; both products have to "
+                "be of one shape."
+            ),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,13 +115,14 @@ class Hadamard(Term):
 class Difference(Term):
     """delta = matrix (out, in)."""
 
+    tensor_fields: ClassVar[tuple[str, ...]] = ("matrix", "bias")
     name: str
     matrix: torch.Tensor
     scale: float = 1.0
     bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._require(self.matrix.dim() == 2, f"The difference is {tuple(self.matrix.shape)}, not a matrix.")
+        self._require(self.matrix.dim() == 2, lambda: f"The difference is {tuple(self.matrix.shape)}, not a matrix.")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,6 +146,7 @@ class Decomposed(Term):
     columns that run through other layers too cannot be measured here.
     """
 
+    tensor_fields: ClassVar[tuple[str, ...]] = ("magnitude", "bias", "norm")
     name: str
     inner: Term
     magnitude: torch.Tensor
@@ -146,8 +159,10 @@ class Decomposed(Term):
         sound = tuple(self.magnitude.shape) in fitting and self.inner.bias is None
         self._require(
             sound and (self.norm is None or self.norm.shape == self.magnitude.shape),
-            f"The magnitude is {tuple(self.magnitude.shape)} for a change of {self.inner.shape}; it has to be "
-            "(out, 1) or (1, in), the norm of the same shape, and the inner term without a bias.",
+            lambda: (
+                f"The magnitude is {tuple(self.magnitude.shape)} for a change of {self.inner.shape}; it has to be "
+                "(out, 1) or (1, in), the norm of the same shape, and the inner term without a bias."
+            ),
         )
 
     @property
@@ -155,14 +170,9 @@ class Decomposed(Term):
         """(out, in)."""
         return self.inner.shape
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Its own tensors and those of the inner term."""
-        return tuple(chain(super().tensors(), self.inner.tensors()))
-
-    def move(self, device: torch.device | str) -> None:
-        """Put all tensors on a device, their types unchanged."""
-        super().move(device)
-        self.inner.move(device)
+    def holders(self) -> tuple[Term, ...]:
+        """This and the inner term."""
+        return (self, *self.inner.holders())
 
     def widened(self, in_features: int) -> Decomposed:
         """Zero columns for the inner term; columns of a weight that are zero stay zero whatever their magnitude."""

@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
 
     def _changed(self) -> None:
         """Count a change of structure, here and in the model that the layer is part of."""
-        self.revision += 1
+        vars(self)["revision"] += 1  # as self.revision, without torch's search for a parameter of that name
         if self._execution is not None:
             self._execution.workspace.terms.structure += 1
 
@@ -132,7 +132,7 @@ class QuantLinear(nn.Module):
                 "Names tell adapters apart; adding the same one twice would double its effect unnoticed.",
                 "Remove it first, or attach this one under another name.",
             )
-        if (term.out_features, term.in_features) != (self.out_features, self.in_features):
+        if term.shape != (self.out_features, self.in_features):
             raise AdapterError(
                 f"Adapter {term.name!r} does not fit this layer.",
                 f"It maps {term.in_features} to {term.out_features} features, "
@@ -226,10 +226,15 @@ class QuantLinear(nn.Module):
         return self.merged_weight().to(self.compute) if self.active() else self.base_weight(self.compute)
 
     def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """b_eff (out,) in the compute type or in `dtype`; None where neither layer nor active adapter has one."""
-        terms = [term.scaled_bias() for term in self.active() if term.bias is not None]
-        terms = terms if self.bias is None else [self.bias.float(), *terms]
-        return sum(terms[1:], start=terms[0]).to(dtype or self.compute) if terms else None
+        """b_eff (out,) in the compute type or in `dtype`; None where neither layer nor active adapter has one.
+
+        It may be the layer's own: do not write into it.
+        """
+        own, terms = self.bias, [term.scaled_bias() for term in self.active() if term.bias is not None]
+        if not terms:
+            return None if own is None else own.to(dtype or self.compute)
+        terms = terms if own is None else [own.float(), *terms]
+        return sum(terms[1:], start=terms[0]).to(dtype or self.compute)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) to y (..., out), in the type of x."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from gossamer.layers.term import Term
 class LowRank(Term):
     """delta = up @ down: `down` is (rank, in), `up` is (out, rank)."""
 
+    tensor_fields: ClassVar[tuple[str, ...]] = ("down", "up", "bias")
     name: str
     down: torch.Tensor
     up: torch.Tensor
@@ -24,8 +26,10 @@ class LowRank(Term):
         sound = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]
         self._require(
             sound,
-            f"down is {tuple(self.down.shape)} and up is {tuple(self.up.shape)}; "
-            "they have to be (rank, in) and (out, rank) with one rank.",
+            lambda: (
+                f"down is {tuple(self.down.shape)} and up is {tuple(self.up.shape)}; "
+                "they have to be (rank, in) and (out, rank) with one rank."
+            ),
         )
 
     @property

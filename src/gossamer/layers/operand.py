@@ -29,10 +29,9 @@ class Part:
     start: int
     stop: int
 
-    @property
-    def rows(self) -> slice:
-        """Its place."""
-        return slice(self.start, self.stop)
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Its rows of something that has all rows."""
+        return whole if self.stop - self.start == len(whole) else whole[self.start : self.stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Operand:
         for part in self.parts:
             added = part.stack.lift if part.stack is not None else None
             if added is not None:
-                yield self.scale[part.rows], self.base[part.rows], added
+                yield part.of(self.scale), part.of(self.base), added
 
 
 class Keeper:
@@ -118,9 +117,9 @@ def bound(operand: Operand, execution: Execution, weight: torch.Tensor) -> tuple
 
 
 def _arguments(part: Part, operand: Operand, execution: Execution, weight: torch.Tensor) -> tuple:  # type: ignore[type-arg]
-    scale = None if operand.scale is None else operand.scale[part.rows]
+    scale = None if operand.scale is None else part.of(operand.scale)
     terms = None if part.stack is None else part.stack.terms
-    return part.packed, weight[part.rows], writer_of(execution, part), terms, scale
+    return part.packed, part.of(weight), writer_of(execution, part), terms, scale
 
 
 def writer_of(execution: Execution, part: Part) -> Backend:
@@ -133,7 +132,7 @@ def measure(parts: Sequence[Part], scale: torch.Tensor, width: int, execution: E
     for part in parts:
         terms = None if part.stack is None else part.stack.terms
         backend = writer_of(execution, part)
-        measure_row_scale_into(part.packed, scale[part.rows], execution.operand, width, backend, terms)
+        measure_row_scale_into(part.packed, part.of(scale), execution.operand, width, backend, terms)
     return scale
 
 
@@ -142,12 +141,13 @@ def bias_of(layers: Sequence[QuantLinear], dtype: torch.dtype) -> torch.Tensor |
     biases = [layer.effective_bias(dtype) for layer in layers]
     if all(bias is None for bias in biases):
         return None
-    if len(biases) == 1:
-        return biases[0]
-    device = layers[0].packed.device
     pairs = zip(biases, layers, strict=True)
-    filled = [torch.zeros(of.out_features, dtype=dtype, device=device) if bias is None else bias for bias, of in pairs]
-    return torch.cat(filled)
+    filled = [_no_bias(layer, dtype) if bias is None else bias for bias, layer in pairs]
+    return torch.cat(filled)  # a copy even of one: a load or a cast of the model writes into the layer's own
+
+
+def _no_bias(layer: QuantLinear, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(layer.out_features, dtype=dtype, device=layer.packed.device)
 
 
 def merged(layers: Sequence[QuantLinear], execution: Execution) -> Operand:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import torch
@@ -35,6 +35,7 @@ from gossamer.layers.operand import (
     stored_as_operand,
 )
 from gossamer.layers.stacks import Stack, Wanted
+from gossamer.layers.term import Term
 
 if TYPE_CHECKING:
     from gossamer.layers.join import Joined
@@ -81,7 +82,7 @@ class GroupProduct:
         if layers != self._layers or joined is not self._joined or model is not self._model:
             self.enroll(layers, model, joined)
         if model.structure != self._structure:
-            if self._revisions != self._count():
+            if self._revisions != _count(layers):
                 with lasting():
                     model.renew()
             self._structure = model.structure
@@ -106,21 +107,25 @@ class GroupProduct:
     def _layers(self) -> tuple[QuantLinear, ...]:
         """The layers; none where one is gone."""
         layers = tuple([held() for held in self._held])
-        return () if any(layer is None for layer in layers) else layers  # type: ignore[return-value]
+        return () if None in layers else layers  # type: ignore[return-value]
 
     # what the model asks for when something changed -------------------------------------------------------------------
 
     def wanted(self) -> Sequence[Wanted] | None:
         """The stacks of a new operand; None where the present one is valid, or its bytes cannot be read now."""
-        gone = not self._layers or any(
-            layer.execution is None or layer.execution.workspace.terms is not self._model for layer in self._layers
-        )
-        if gone or not _filled(self._layers) or self._revisions == self._count():
+        layers = self._layers
+        if not layers or not _filled(layers) or self._revisions == _count(layers) or not self._serves(layers):
             return None
-        if self._joined is not None and not self._joined.holds(self._layers):
+        if self._joined is not None and not self._joined.holds(layers):
             return None  # the next call brings other bytes
-        self._planned = () if _needs_merging(self._layers) else tuple(self._plan())
+        active = [layer.active() for layer in layers]
+        self._planned = () if _needs_merging(active) else tuple(_plan(layers, active, self._joined))
         return [wanted for _, _, wanted in self._planned if wanted is not None]
+
+    def _serves(self, layers: Sequence[QuantLinear]) -> bool:
+        """Whether the layers are still part of the model."""
+        executions = [layer.execution for layer in layers]
+        return all(one is not None and one.workspace.terms is self._model for one in executions)
 
     def forget(self) -> None:
         """Drop the operand: its memory is free before the next one is made."""
@@ -141,9 +146,11 @@ class GroupProduct:
 
     def remake(self, stacks: Sequence[Stack]) -> None:
         """Make the operand anew."""
-        layers, execution = self._layers, execution_of(self._layers[0])
-        made = self._made(self._parts(stacks), execution) if self._planned else merged(layers, execution)
-        self._operand, self._revisions = made, self._count()
+        layers, model = self._layers, self._model
+        assert model is not None
+        execution = execution_of(layers[0])
+        made = self._made(layers, self._parts(stacks), execution) if self._planned else merged(layers, execution)
+        self._operand, self._revisions, self._structure = made, _count(layers), model.structure
         self._writer = Writer(made, execution, layers[0].device) if made.weight is None else None
         self._keeper = Keeper(made, execution, made.weight) if made.copied and made.weight is not None else None
 
@@ -153,39 +160,22 @@ class GroupProduct:
 
     def rewrite(self) -> None:
         """Row scales that have to be measured, biases of terms, and a kept weight, in place."""
-        operand = self._operand
-        if operand is None or not self._layers:
+        operand, layers = self._operand, self._layers
+        if operand is None or not layers:
             return
-        execution = execution_of(self._layers[0])
-        if not _filled(self._layers):
+        execution = execution_of(layers[0])
+        if not _filled(layers):
             self._structure, self._revisions = -1, None  # other bytes are there now; made anew with the own ones
             return
         adapted = any(part.stack is not None for part in operand.parts)
         if adapted and operand.scale is not None and operand.base is None:
             measure(operand.parts, operand.scale, operand.width, execution)
-        if adapted and any(term.bias is not None for layer in self._layers for term in layer.active()):
-            fresh = bias_of(self._layers, execution.activations)
+        if adapted and any(term.bias is not None for layer in layers for term in layer.active()):
+            fresh = bias_of(layers, execution.activations)
             if operand.bias is not None and fresh is not None:
                 operand.bias.copy_(fresh)
         if self._keeper is not None:
             self._keeper()
-
-    def _count(self) -> list[tuple[int, int, int]]:
-        """Differs after every change of structure of a layer, and after every move or load of its bytes."""
-        return [(layer.revision, layer.stored.moves, layer.stored.loads) for layer in self._layers]
-
-    def _plan(self) -> list[tuple[Packed, int, Wanted | None]]:
-        """Stored bytes, rows and terms of each part: one in all where the bytes lie side by side, else one a layer."""
-        layers, active = self._layers, [_low_rank_terms(layer) for layer in self._layers]
-        if self._joined is not None:
-            packed, rows = self._joined.packed, self._joined.packed.shape[0]
-            if not any(active):
-                return [(packed, rows, None)]
-            bands = _bands([layer.out_features for layer in layers], active)
-            if bands is not None:
-                return [(packed, rows, Wanted(tuple(active), bands))]
-        pairs = zip(layers, active, strict=True)
-        return [(of.packed, of.out_features, Wanted((terms,), (1,)) if terms else None) for of, terms in pairs]
 
     def _parts(self, stacks: Sequence[Stack]) -> tuple[Part, ...]:
         parts, stop, left = [], 0, list(stacks)
@@ -194,22 +184,22 @@ class GroupProduct:
             parts.append(Part(packed, None if wanted is None else left.pop(0), start, stop))
         return tuple(parts)
 
-    def _made(self, parts: tuple[Part, ...], execution: Execution) -> Operand:
-        rows, width, first = parts[-1].stop, self._layers[0].in_features, parts[0]
-        bias = bias_of(self._layers, execution.activations)
+    def _made(self, layers: Sequence[QuantLinear], parts: tuple[Part, ...], execution: Execution) -> Operand:
+        rows, width, first = parts[-1].stop, layers[0].in_features, parts[0]
+        bias = bias_of(layers, execution.activations)
         if execution.decode == "none" and len(parts) == 1 and stored_as_operand(first, width):
             packed = first.packed
             return Operand(parts, codes_of(packed), packed.tensors.get("scale"), None, bias, rows, width)
-        scale, base = self._row_scale(parts, execution)
+        scale, base = self._row_scale(layers, parts, execution)
         kept = None
-        if execution.keeps_merged and not _streamed(self._layers):
+        if execution.keeps_merged and not _streamed(layers):
             kept = torch.empty(rows, width, dtype=execution.operand, device=first.packed.device)
         return Operand(parts, kept, scale, base, bias, rows, width, kept is not None)
 
     # row scales -------------------------------------------------------------------------------------------------------
 
     def _row_scale(
-        self, parts: tuple[Part, ...], execution: Execution
+        self, layers: Sequence[QuantLinear], parts: tuple[Part, ...], execution: Execution
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(out,): what one unit of code is worth in each row, still to be written where terms have a part in it.
 
@@ -218,24 +208,26 @@ class GroupProduct:
         """
         if not execution.rows_have_scales:
             return None, None
+        adapted = [part.stack is not None for part in parts]
         if execution.operand == torch.float8_e4m3fn:
-            base = self._base_scale(parts, execution)
-            if all(part.stack is None for part in parts):
+            base = self._base_scale(layers, parts, execution)
+            if not any(adapted):
                 return base, None
-            return base.clone(), base
+            return torch.empty_like(base) if all(adapted) else base.clone(), base
         scale = torch.empty(parts[-1].stop, dtype=torch.float32, device=parts[0].packed.device)
-        if all(part.stack is None for part in parts):
-            measure(parts, scale, self._layers[0].in_features, execution)
+        if not any(adapted):
+            measure(parts, scale, layers[0].in_features, execution)
         return scale, None
 
-    def _base_scale(self, parts: tuple[Part, ...], execution: Execution) -> torch.Tensor:
+    def _base_scale(self, layers: Sequence[QuantLinear], parts: tuple[Part, ...], execution: Execution) -> torch.Tensor:
         """The row scale without adapters, measured again only after a layer got another weight or other bytes, was
         widened, or came to another device."""
-        key = [(layer.stored, layer.stored.loads, layer.device, layer.in_features) for layer in self._layers]
+        stored = [(layer.stored, layer.in_features) for layer in layers]
+        key = [(of, of.loads, of.device, width) for of, width in stored]
         if self._base is None or self._base[0] != key:
             bare = [Part(part.packed, None, part.start, part.stop) for part in parts]
             scale = torch.empty(parts[-1].stop, dtype=torch.float32, device=parts[0].packed.device)
-            self._base = (key, measure(bare, scale, self._layers[0].in_features, execution))
+            self._base = (key, measure(bare, scale, layers[0].in_features, execution))
         return self._base[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupProduct:
@@ -262,7 +254,8 @@ def _streamed(layers: Sequence[QuantLinear]) -> bool:
 
 def _filled(layers: Sequence[QuantLinear]) -> bool:
     """Whether the bytes of all layers are where products read them."""
-    return all(layer.stored.slot is None or layer.stored.slot.filled for layer in layers)
+    slots = [layer.stored.slot for layer in layers]
+    return all(slot is None or slot.filled for slot in slots)
 
 
 def _require_here(layers: Sequence[QuantLinear]) -> None:
@@ -271,19 +264,35 @@ def _require_here(layers: Sequence[QuantLinear]) -> None:
         raise RuntimeError("a streamed weight is used outside of its block: call the block through the seam")
 
 
-def _needs_merging(layers: Sequence[QuantLinear]) -> bool:
-    """Whether an adapter is of a kind that no kernel adds while it decodes."""
-    return any(not isinstance(term, LowRank) for layer in layers for term in layer.active())
+def _count(layers: Sequence[QuantLinear]) -> list[tuple[int, int, int]]:
+    """Differs after every change of structure of a layer, and after every move or load of its bytes."""
+    return [(layer.revision, stored.moves, stored.loads) for layer in layers for stored in (layer.stored,)]
 
 
-def _low_rank_terms(layer: QuantLinear) -> tuple[LowRank, ...]:
-    """The active low-rank terms of a layer."""
-    return tuple(term for term in layer.active() if isinstance(term, LowRank))
+def _needs_merging(active: Iterable[Sequence[Term]]) -> bool:
+    """Whether a term is of a kind that no kernel adds while it decodes."""
+    return any(not isinstance(term, LowRank) for terms in active for term in terms)
+
+
+def _plan(
+    layers: Sequence[QuantLinear], active: Sequence[Sequence[Term]], joined: Joined | None
+) -> list[tuple[Packed, int, Wanted | None]]:
+    """Stored bytes, rows and terms of each part: one in all where the bytes lie side by side, else one a layer."""
+    low_rank = [cast(tuple[LowRank, ...], tuple(terms)) for terms in active]
+    if joined is not None:
+        packed, rows = joined.packed, joined.packed.shape[0]
+        if not any(low_rank):
+            return [(packed, rows, None)]
+        bands = _bands([layer.out_features for layer in layers], low_rank)
+        if bands is not None:
+            return [(packed, rows, Wanted(tuple(low_rank), bands))]
+    pairs = zip(layers, low_rank, strict=True)
+    return [(of.packed, of.out_features, Wanted((terms,), (1,)) if terms else None) for of, terms in pairs]
 
 
 def _bands(heights: Sequence[int], active: Sequence[tuple[LowRank, ...]]) -> tuple[int, ...] | None:
     """How many bands of one height each layer fills, where its terms have the same ranks as those of the others."""
-    ranks = {tuple(term.rank for term in terms) for terms in active}
+    ranks = {tuple([term.rank for term in terms]) for terms in active}
     band = math.gcd(*heights)
     if len(ranks) > 1 or sum(heights) // band > BANDS_LARGEST:
         return None

@@ -40,11 +40,9 @@ class Wanted:
 
     def kind(self) -> Hashable:
         """Equal for what may be stacked together."""
-        shapes = [(term.up.shape, term.down.shape, term.up.dtype, term.down.dtype) for term in self._terms()]
-        return self.bands, len(self.layers), tuple(shapes), self._terms()[0].up.device
-
-    def _terms(self) -> list[LowRank]:
-        return [term for layer in self.layers for term in layer]
+        factors = [(term.up, term.down) for layer in self.layers for term in layer]
+        shapes = [(up.shape, down.shape, up.dtype, down.dtype) for up, down in factors]
+        return self.bands, len(self.layers), tuple(shapes), factors[0][0].device
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,15 +124,25 @@ class Batch:
         return torch.tensor(places)
 
     def _adopt(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Make the factors of every term views of the stacks, where their type is the same."""
-        for of, own_up, own_down in zip(self._wanted, up, down, strict=True):
-            row = band = 0
-            for layer, bands in zip(of.layers, of.bands, strict=True):
-                for term, columns in zip(layer, self._columns.slices(), strict=True):
-                    if term.up.dtype == up.dtype and term.down.dtype == up.dtype:
-                        term.up = own_up[row : row + term.out_features, columns]
-                        term.down = own_down[band + columns.start : band + columns.stop]
-                row, band = row + layer[0].out_features, band + bands * self._columns.width
+        """Make the factors of every term views of the stacks, where their type is the same.
+
+        What they were before is free then, so no term must be left out that shares its memory with one that is not.
+        """
+        first, row, band = self._wanted[0], 0, 0
+        for place, (bands, height) in enumerate(zip(first.bands, self._heights, strict=True)):
+            for number, columns in enumerate(self._columns.slices()):
+                term = first.layers[place][number]
+                if term.up.dtype == up.dtype and term.down.dtype == up.dtype:
+                    own_up = up[:, row : row + height, columns]
+                    own_down = down[:, band + columns.start : band + columns.stop]
+                    self._hand_out(place, number, own_up, own_down)
+            row, band = row + height, band + bands * self._columns.width
+
+    def _hand_out(self, place: int, number: int, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Give the factors (n, rows, rank) and (n, rank, in) to the terms of one place, all at once."""
+        for of, own_up, own_down in zip(self._wanted, up.unbind(), down.unbind(), strict=True):
+            term = of.layers[place][number]
+            term.up, term.down = own_up, own_down
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,23 @@ merged copy of the weight.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 from gossamer.errors import AdapterError
+from gossamer.layers.moves import move_terms
 
 
 class Term(ABC):
     """An adapter's share of one layer; kinds are dataclasses of their tensors, a name, a scale and a bias.
 
     `scale` multiplies all of it and may change between any two calls; 0 is off. `bias` is (out,) or None.
+    `tensor_fields` are the names of all fields that hold a tensor, or None.
     """
 
+    tensor_fields: ClassVar[tuple[str, ...]]
     name: str
     scale: float
     bias: torch.Tensor | None
@@ -56,17 +60,20 @@ class Term(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of everything that makes up this term."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The tensors that make up this term."""
-        return tuple(value for value in self._values().values() if isinstance(value, torch.Tensor))
+        values = [getattr(holder, name) for holder in self.holders() for name in holder.tensor_fields]
+        return tuple([value for value in values if value is not None])
+
+    def holders(self) -> tuple[Term, ...]:
+        """This term, and those inside of it."""
+        return (self,)
 
     def move(self, device: torch.device | str) -> None:
         """Put the tensors on a device, their types unchanged."""
-        for name, value in self._values().items():
-            if isinstance(value, torch.Tensor) and value.device != device:
-                setattr(self, name, value.to(device))
+        move_terms([(self, torch.device(device))])
 
     def scaled_bias(self) -> torch.Tensor:
         """scale * bias in float32 (out,); zeros where the adapter brings no bias."""
@@ -74,16 +81,16 @@ class Term(ABC):
             return torch.zeros(self.out_features, dtype=torch.float32, device=self.tensors()[0].device)
         return self.scale * self.bias.float()
 
-    def _values(self) -> dict[str, object]:
-        return {known.name: getattr(self, known.name) for known in fields(self) if known.init}  # type: ignore[arg-type]
-
-    def _require(self, sound: bool, why: str) -> None:
-        """Refuse parts that do not belong together."""
-        if sound and self.bias is not None and self.bias.shape != (self.out_features,):
-            sound, why = False, f"The bias is {tuple(self.bias.shape)}; the weight has {self.out_features} rows."
+    def _require(self, sound: bool, why: Callable[[], str]) -> None:
+        """Refuse parts that do not belong together; a full set has 500 terms, so words are made only when needed."""
         if not sound:
-            raise AdapterError(
-                f"Adapter {self.name!r} has parts that do not fit together.",
-                why,
-                "Check that all of them come from the same layer of the same file.",
-            )
+            raise self._unfit(why())
+        if self.bias is not None and self.bias.shape != (self.out_features,):
+            raise self._unfit(f"The bias is {tuple(self.bias.shape)}; the weight has {self.out_features} rows.")
+
+    def _unfit(self, why: str) -> AdapterError:
+        return AdapterError(
+            f"Adapter {self.name!r} has parts that do not fit together.",
+            why,
+            "Check that all of them come from the same layer of the same file.",
+        )

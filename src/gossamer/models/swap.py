@@ -54,8 +54,20 @@ _Plan = _Pack | _Hold | _Leave
 
 def linear_layers(module: nn.Module) -> dict[str, QuantLinear]:
     """Every QuantLinear of a module by dotted name; one that is reachable by two names appears under both."""
-    named = module.named_modules(remove_duplicate=False)
-    return {name: child for name, child in named if isinstance(child, QuantLinear)}
+    found: dict[str, QuantLinear] = {}
+    _find_linears(module, "", found)
+    return found
+
+
+def _find_linears(module: nn.Module, name: str, found: dict[str, QuantLinear]) -> None:
+    """A walk of our own: torch's hands each name through a generator a level, and enters what linears are made of."""
+    if isinstance(module, QuantLinear):
+        found[name] = module
+        return
+    prefix = f"{name}." if name else ""
+    for child, part in module._modules.items():
+        if part is not None:
+            _find_linears(part, prefix + child, found)
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gossamer.adapters.attach import attach, attached, detach, set_scale
 from gossamer.adapters.cost import Cost
 from gossamer.adapters.fuse import fuse, fused_adapters, unfuse
@@ -24,9 +26,10 @@ from gossamer.pipeline.schedule import Schedule
 class AdapterSet:
     """What is attached to, and fused into, a transformer and its text encoders."""
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
+    def __init__(self, parts: Mapping[str, Any], device: torch.device) -> None:
         self._transformer = parts["transformer"]
         self._encoders = {name: parts[name] for name in ("text_encoder", "text_encoder_2")}
+        self._device = device  # of the pictures; weights may wait elsewhere
         # sizes before any Control LoRA widens the input
         self.spec = FluxSpec.from_config(self._transformer.config)
         self._attached: dict[str, NamedAdapter] = {}
@@ -54,7 +57,7 @@ class AdapterSet:
 
     def read(self, choice: LoraChoice) -> NamedAdapter:
         """An adapter from its file, under a name that is free."""
-        (named,) = read_adapters([choice], self.spec)
+        (named,) = read_adapters([choice], self.spec, self._device)
         self._require_new(named, self.all())
         return replace(named, name=free_name(named.name, self._names()))
 
@@ -114,7 +117,7 @@ class AdapterSet:
             if name in stays:
                 raise _twice(name, name)
             stays[name] = replace(choice, source=self._attached[name].choice.source)
-        new = list(read_adapters(unknown, self.spec))
+        new = list(read_adapters(unknown, self.spec, self._device))
         for place, named in enumerate(new):
             kept = [self._attached[name] for name in stays]
             self._require_new(named, [*self._fused.values(), *kept, *new[:place]])

@@ -66,7 +66,7 @@ class Pipeline:
 
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
-        self._adapters = AdapterSet(assembly.parts)
+        self._adapters = AdapterSet(assembly.parts, assembly.device)
 
     @property
     def transformer(self) -> Any:

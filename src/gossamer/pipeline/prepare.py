@@ -93,7 +93,7 @@ def prepare(options: LoadOptions, paint: PaintOptions | None = None) -> Prepared
     device = pick_device(options.device)
     model = open_model(options.model, options.base)
     require_patterns(options.skip, model.spec)
-    adapters = read_adapters(options.loras, model.spec)
+    adapters = read_adapters(options.loras, model.spec, device)
     fitted = fit(options, model, device, paint, [named.adapter for named in adapters])
     identity = Identity(options.model, options.base, _in_background(model))
     return Prepared(identity, model, _storage(options, model, fitted), device, adapters, fitted)
@@ -113,11 +113,13 @@ def prepare_with_control(options: LoadOptions, paint: PaintOptions | None = None
             "Name a Control LoRA for this model with --lora, or load a Canny or Depth model.",
         )
     control = LoraChoice(CONTROL_LORA)
-    return replace(prepared, adapters=read_adapters((*options.loras, control), prepared.model.spec))
+    return replace(prepared, adapters=read_adapters((*options.loras, control), prepared.model.spec, prepared.device))
 
 
-def read_adapters(choices: Iterable[LoraChoice], spec: FluxSpec) -> tuple[NamedAdapter, ...]:
-    """Read adapters in order, each under a name of its own."""
+def read_adapters(
+    choices: Iterable[LoraChoice], spec: FluxSpec, device: torch.device | str = "cpu"
+) -> tuple[NamedAdapter, ...]:
+    """Read adapters in order, each under a name of its own, for a model on that device."""
     named: dict[str, NamedAdapter] = {}
     paths: list[Path] = []
     for choice in choices:
@@ -130,7 +132,7 @@ def read_adapters(choices: Iterable[LoraChoice], spec: FluxSpec) -> tuple[NamedA
             )
         paths.append(path.resolve())
         name = free_name(choice.stem, named)
-        named[name] = NamedAdapter(name, choice, read_adapter(path, spec))
+        named[name] = NamedAdapter(name, choice, read_adapter(path, spec, device))
     return tuple(named.values())
 
 

@@ -90,32 +90,33 @@ class Prepass:
 
     def _groups(self, model: FluxTransformer, given: Conditions, now: int) -> tuple[Group, ...]:
         """Every step of the run; strengths are those of the step `now` before and after."""
-        steps: dict[State, list[int]] = {}
+        terms = [term for linear in self._linears() for term in linear.adapters()]
+        steps: dict[tuple[float, ...], list[int]] = {}
         try:
             for step in range(len(self._scheduler.timesteps)):
                 self._at_step(step)
-                steps.setdefault(self._state(), []).append(step)
+                steps.setdefault(tuple([term.scale for term in terms]), []).append(step)  # all that a step changes
             groups = []
-            for state, own in steps.items():
+            for own in steps.values():
                 self._at_step(own[0])
-                groups.append(Group(state, tuple(own), modulate(model, self.conditions(given, own))))
+                groups.append(Group(self._state(), tuple(own), modulate(model, self.conditions(given, own))))
         finally:
             self._at_step(now)
         return tuple(groups)
 
     def _state(self) -> State:
         """Each linear's weight, wherever its bytes are, how wide it is, and the strength of each of its terms."""
-        linears: list[nn.Module] = [norm.linear for norm in self._norms]
+        linears = [(linear, linear.stored) for linear in self._linears()]
         return tuple(
-            (
-                linear.stored,
-                linear.stored.loads,
-                linear.in_features,
-                tuple((term, term.scale) for term in linear.adapters()),
-            )
-            for linear in linears
-            if isinstance(linear, QuantLinear)
+            [
+                (stored, stored.loads, linear.in_features, tuple([(term, term.scale) for term in linear.adapters()]))
+                for linear, stored in linears
+            ]
         )
+
+    def _linears(self) -> list[QuantLinear]:
+        linears: list[nn.Module] = [norm.linear for norm in self._norms]
+        return [linear for linear in linears if isinstance(linear, QuantLinear)]
 
     def _step(self) -> int:
         """The index of the current timestep; schedulers count from their first step on."""

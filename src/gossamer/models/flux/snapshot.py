@@ -6,6 +6,7 @@ is compared by identity.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 from gossamer.kernels.operators import lasting
 from gossamer.layers import QuantLinear, StoredWeight
 from gossamer.models.flux_spec import is_modulation
-from gossamer.models.swap import linear_layers
 
 PARTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
@@ -22,21 +22,17 @@ class Snapshot:
     """The state of a model at one time; `obstacle` says why no step of it can be captured, or is None."""
 
     def __init__(self, model: Any) -> None:
-        layers = [layer for name, layer in linear_layers(model).items() if not is_modulation(name)]
-        models = {
-            id(layer.execution.workspace.terms): layer.execution.workspace.terms for layer in layers if layer.execution
-        }
+        every = list(model.named_modules())
+        named = [(name, module) for name, module in every if not is_modulation(name)]  # modulation has run before
+        executions = [module.execution for _, module in named if isinstance(module, QuantLinear)]
+        models = {id(of.workspace.terms): of.workspace.terms for of in executions if of is not None}
         self._terms = next(iter(models.values()), None)
-        self.obstacle = _obstacle(model, len(models))
+        self.obstacle = _obstacle(model, named, len(models)) or _foreign(every)
         self._structure = -1 if self._terms is None else self._terms.structure
         self._operators = model.operators
-        # bytes of stored weights are counted where they move; the modulation has run before
-        modules = [
-            module
-            for name, module in model.named_modules()
-            if not isinstance(module, StoredWeight) and not is_modulation(name)
-        ]
-        self._parts = [getattr(module, part) for module in modules for part in PARTS]
+        # bytes of stored weights are counted where they move
+        holders = [vars(module) for _, module in named if not isinstance(module, StoredWeight)]
+        self._parts = [holder[part] for holder in holders for part in PARTS]
         self._held = self._objects()  # alive, so that no other object gets the place of one
 
     def differs(self, model: Any) -> bool:
@@ -55,23 +51,22 @@ class Snapshot:
         return [value for part in self._parts for value in part.values()]
 
 
-def _obstacle(model: Any, executions: int) -> str | None:
-    """Why the model itself stands against it."""
+def _obstacle(model: Any, named: Sequence[tuple[str, nn.Module]], executions: int) -> str | None:
+    """Why the model itself, or one of its modules, stands against it."""
     if executions != 1:
         return "the linears of the model were not prepared together"
-    for name, module in model.named_modules():
-        if is_modulation(name):
-            continue
+    for name, module in named:
         if module is not model and (module._forward_hooks or module._forward_pre_hooks):
             return f"{name!r} has hooks"
         if isinstance(module, QuantLinear) and module.execution is None:
             return f"{name!r} runs without kernels"
         if "forward" in vars(module):
             return f"the forward of {name or 'the model'!r} was replaced"
-    foreign = next((name for name, module in model.named_modules() if _is_foreign(module)), None)
-    return None if foreign is None else f"{foreign!r} is no part that gossamer knows"
+    return None
 
 
-def _is_foreign(module: nn.Module) -> bool:
-    home = type(module).__module__
-    return not home.startswith(("gossamer.", "torch.nn.modules."))
+def _foreign(named: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """A module whose forward may do anything."""
+    homes = ("gossamer.", "torch.nn.modules.")
+    found = next((name for name, module in named if not type(module).__module__.startswith(homes)), None)
+    return None if found is None else f"{found!r} is no part that gossamer knows"
