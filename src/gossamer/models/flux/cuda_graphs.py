@@ -51,5 +51,8 @@ class CudaGraphs:
         self._done = (stream, stream.record_event())
 
     def release(self) -> None:
-        """The pool goes with the last graph; the next capture begins another."""
+        """The pool goes with the last graph, once the last replay is done; the next capture begins another."""
+        if self._pool is not None and self._done is not None:
+            # the allocator knows the stream of the capture only, and may unmap what replays elsewhere still use
+            self._done[1].synchronize()
         self._pool = self._stream = None
