@@ -36,6 +36,7 @@ import torch
 from fits_peers import PEERS
 from fits_pipeline import SMALL, TEXT_STORAGE, Model, build, build_shared, pipeline_of
 from flux_step_rows import RUN_STEPS, Schedule
+from gossamer.bench.host_memory import host_memory
 from gossamer.bench.random_flux import full_size, step_inputs, tiny
 from gossamer.bench.record import read_resumed, record_path, stamp, write_record
 from gossamer.bench.timing import Repeats, release_memory, wait
@@ -348,11 +349,8 @@ def driver_bytes(device: torch.device) -> int:
 
 def resident_bytes() -> int | None:
     """Resident memory of this process, pinned pages included; None where the system does not say."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = dict(each.split(":", 1) for each in status.read_text().splitlines() if ":" in each)
-    return int(lines["VmRSS"].split()[0]) * 1024
+    now = host_memory()
+    return None if now is None else now.resident
 
 
 if __name__ == "__main__":
