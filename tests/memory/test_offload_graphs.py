@@ -134,7 +134,8 @@ def test_the_plan_counts_what_captured_steps_keep(text):
     blocks = len(of.weights.blocks)
     captured, plain = (gpu_bytes(of, Placement(count, text=text)) for count in (blocks, blocks - 1))
     name, inputs = "captured steps", 4608 * 128 * 2 * 4 + (512 * 4096 + 2 * 4096 * 64 + 344 * 3072) * 2
-    assert captured["denoise"][name] == inputs
+    kept = inputs + 35_000_000  # and a workspace of cuBLAS
+    assert captured["denoise"][name] == kept
     for phase in ("text", "decode"):
-        assert captured[phase].get(name, 0) == (0 if text != "resident" else inputs + 378011648)
+        assert captured[phase].get(name, 0) == (0 if text != "resident" else kept + 378011648)
     assert not any(name in parts for parts in plain.values())

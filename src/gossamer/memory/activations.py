@@ -46,9 +46,9 @@ def step_bytes(spec: FluxSpec, job: Job, activations: str, compute: str) -> int:
     return worst + _input_bytes(spec, job, wide)
 
 
-def captured_input_bytes(spec: FluxSpec, job: Job, activations: str) -> int:
-    """What a captured step reads and writes besides: copies of its inputs, rotation and vectors, and of its result."""
-    return _input_bytes(spec, job, TYPE_BYTES[activations]) + vectors_bytes(spec, job, activations, 1)
+def captured_bytes(spec: FluxSpec, job: Job, activations: str) -> int:
+    """What a captured step keeps besides: copies of inputs, rotation and vectors, a result, a workspace of cuBLAS."""
+    return _input_bytes(spec, job, TYPE_BYTES[activations]) + vectors_bytes(spec, job, activations, 1) + CUBLAS_BYTES
 
 
 def _input_bytes(spec: FluxSpec, job: Job, wide: int) -> int:

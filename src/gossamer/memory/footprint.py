@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from gossamer.memory.activations import (
     CUBLAS_BYTES,
-    captured_input_bytes,
+    captured_bytes,
     largest_operand_bytes,
     modulation_operand_bytes,
     step_bytes,
@@ -114,7 +114,7 @@ def _captured(of: Setting, placement: Placement) -> tuple[dict[str, int], int]:
     if placement.resident_blocks < len(of.weights.blocks):
         return {}, 0
     spec = of.subject.spec.transformer
-    kept = {"captured steps": captured_input_bytes(spec, of.job, of.activations)}
+    kept = {"captured steps": captured_bytes(spec, of.job, of.activations)}
     return kept, step_bytes(spec, of.job, of.activations, of.compute)
 
 
