@@ -94,6 +94,7 @@ def main() -> None:
             write_record(path, record)
             print(line(record["rows"][-1]), flush=True)
     print(path)
+    sys.exit(any("error" in row for row in record["rows"]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,13 +149,15 @@ def apart(task: Task) -> Row:
     command = [sys.executable, __file__, "--one", json.dumps(asdict(task))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(done.returncode)
+        return {"name": task.name, "error": f"its process ended with code {done.returncode}"}
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def line(row: Row) -> str:
     """A row for people, in GB."""
+    if "error" in row:
+        return f"{row['name']:14} failed: {row['error']}"
     most, before = row["most"] or {}, row["before"] or {}
     kinds = ", ".join(f"{kind} {most[kind] / 1e9:.2f} ({before[kind] / 1e9:.2f} before)" for kind in most)
     peak, texts, limit = (f"{(row[key] or 0) / 1e9:.2f}" for key in ("peak_bytes", "text_bytes", "limit_bytes"))

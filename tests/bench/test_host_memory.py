@@ -56,6 +56,13 @@ def test_other_text_encoders_are_refused(benchmark):
         benchmark.with_texts(None, "T6")
 
 
+def test_a_process_that_fails_leaves_a_row_that_says_so(benchmark, tmp_path, capfd):
+    row = benchmark.apart(benchmark.Task("2GB/T5-XXL", str(tmp_path / "none.gguf"), str(tmp_path), None, 1, 64))
+    assert row == {"name": "2GB/T5-XXL", "error": "its process ended with code 1"}
+    assert "failed" in benchmark.line(row)
+    assert "file-missing" in capfd.readouterr().err
+
+
 def test_without_a_gpu_the_full_size_is_refused(benchmark, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["host_memory.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
