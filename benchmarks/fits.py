@@ -35,7 +35,8 @@ import torch
 
 from fits_peers import PEERS
 from fits_pipeline import SMALL, TEXT_STORAGE, Model, build, build_shared, pipeline_of
-from flux_step_rows import RUN_STEPS, Schedule
+from flux_step_rows import prepass_of, run_modulation
+from gossamer.bench.host_memory import host_memory
 from gossamer.bench.random_flux import full_size, step_inputs, tiny
 from gossamer.bench.record import read_resumed, record_path, stamp, write_record
 from gossamer.bench.timing import Repeats, release_memory, wait
@@ -50,8 +51,6 @@ from gossamer.memory.picture import Job
 from gossamer.memory.placement import spread
 from gossamer.memory.plan import smallest
 from gossamer.memory.request import PlanRequest
-from gossamer.models.flux.modulation import Conditions, modulate
-from gossamer.models.flux.prepass import Prepass
 from gossamer.pipeline.fit import Fit, card_here, fit_request
 from gossamer.pipeline.options import PaintOptions
 from gossamer.pipeline.painter import Pipeline
@@ -281,16 +280,12 @@ def painted(bench: Bench, pipeline: Pipeline, fit: Fit, budget: str) -> Row:
 def prepass_seconds(pipeline: Pipeline, model: Model) -> float:
     """The modulation of a whole run, its weights where the placement has them; the better of two."""
     transformer, inputs = pipeline.transformer, step_inputs(model.work)
-    timesteps = torch.linspace(500.0, 1000.0, RUN_STEPS, device=model.work.device)
-    prepass = Prepass(transformer, Schedule(timesteps))
-    pooled, dtype = inputs["pooled_projections"], inputs["hidden_states"].dtype
-    given = Conditions(inputs["timestep"], inputs["guidance"], pooled.to(transformer.dtype), dtype)
-    whole = prepass.conditions(replace(given, dtype=transformer.dtype), range(RUN_STEPS))
+    modulation = run_modulation(transformer, prepass_of(transformer, inputs), inputs)
     times = []
     for _ in range(2):
         wait(model.work.device)
         started = time.perf_counter()
-        modulate(transformer, whole)
+        modulation()
         wait(model.work.device)
         times.append(time.perf_counter() - started)
     return min(times)
@@ -348,11 +343,8 @@ def driver_bytes(device: torch.device) -> int:
 
 def resident_bytes() -> int | None:
     """Resident memory of this process, pinned pages included; None where the system does not say."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = dict(each.split(":", 1) for each in status.read_text().splitlines() if ":" in each)
-    return int(lines["VmRSS"].split()[0]) * 1024
+    now = host_memory()
+    return None if now is None else now.resident
 
 
 if __name__ == "__main__":

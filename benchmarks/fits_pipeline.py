@@ -6,8 +6,11 @@ embedded model's: what they do takes no time, and no weights of a hub are needed
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from gossamer.memory.model_specs import DEV, ClipSpec, ModelSpec, T5Spec, VaeSpe
 from gossamer.memory.subject import Subject, known_subject
 from gossamer.models.swap import quantize
 from gossamer.pipeline.components import StorageChoice, execute_parts
-from gossamer.pipeline.folder import Profile
+from gossamer.pipeline.folder import INDEX_FILE, SETTINGS_FILE, Profile
 from gossamer.pipeline.painter import Assembly, Pipeline
 from gossamer.pipeline.prepare import Identity
 from gossamer.pipeline.residence import NoResidence, Residence
@@ -60,17 +63,34 @@ def build_shared(model: Model) -> dict[str, Any]:
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         "tokenizer_2": T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
     }
+    for name, module in _others(model):
+        parts[name] = module
+        if name != "vae":
+            quantize(module, TEXT_STORAGE)
+    return parts
+
+
+def write_base(model: Model, folder: Path) -> None:
+    """Everything but the transformer as a diffusers folder, text encoders and VAE in bf16."""
+    source = model_folder()
+    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+        shutil.copytree(source / name, folder / name)
+    shutil.copy(source / INDEX_FILE, folder)
+    (folder / SETTINGS_FILE).write_text(json.dumps({"max_sequence_length": model.spec.text_tokens}), "utf-8")
+    for name, module in _others(model):
+        module.save_pretrained(folder / name)
+
+
+def _others(model: Model) -> Iterator[tuple[str, Any]]:
+    """VAE and text encoders with their values, one after the other."""
     with torch.device("meta"):
         skeletons = {
-            "vae": _vae(model.spec.vae),
+            "vae": _vae(model.spec.vae, model.work.side),
             "text_encoder": _clip(model.spec.clip),
             "text_encoder_2": _t5(model.spec.t5),
         }
     for name, module in skeletons.items():
-        parts[name] = _filled(module, model.work)
-        if name != "vae":
-            quantize(parts[name], TEXT_STORAGE)
-    return parts
+        yield name, _filled(module, model.work)
 
 
 def build(model: Model, storage: str, shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +138,7 @@ def _clip(spec: ClipSpec) -> CLIPTextModel:
     )
 
 
-def _vae(spec: VaeSpec) -> AutoencoderKL:
+def _vae(spec: VaeSpec, side: int) -> AutoencoderKL:
     levels = len(spec.channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -126,6 +146,7 @@ def _vae(spec: VaeSpec) -> AutoencoderKL:
         block_out_channels=spec.channels,
         layers_per_block=spec.layers,
         latent_channels=spec.latent,
+        sample_size=side,
         use_quant_conv=False,
         use_post_quant_conv=False,
         scaling_factor=0.3611,

@@ -26,14 +26,13 @@ from typing import Any
 import torch
 
 from flux_step_cases import attach_ours, build_ours, detach_ours
-from flux_step_rows import RUN_STEPS, Schedule
+from flux_step_rows import prepass_of
 from gossamer.adapters import attached, set_scale
 from gossamer.adapters.host_memory import ready_for
 from gossamer.bench.random_flux import Workload, full_size, random_adapters, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.bench.timing import wait
 from gossamer.errors import GossamerError, InvalidOptionError
-from gossamer.models.flux.prepass import Prepass
 
 MODELS = "bf16/bf16,fp8/fp8,nf4/fp8,Q4_K/fp8,Q8_0/bf16"
 USUAL_STEPS = 5  # of which the median is the usual step
@@ -91,8 +90,7 @@ def measured(work: Workload, name: str) -> Row:
     storage, compute = name.split("/")
     model = build_ours(work, storage, compute)
     inputs = step_inputs(work)
-    own = float(inputs["timestep"][0]) * 1000
-    model.modulator = Prepass(model, Schedule(torch.linspace(own, 1000.0, RUN_STEPS, device=work.device)))
+    model.modulator = prepass_of(model, inputs)
 
     def step() -> object:
         return model(**inputs, return_dict=False)[0]

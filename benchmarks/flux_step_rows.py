@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +73,20 @@ class Schedule:
     begin_index: int | None = 0
 
 
+def prepass_of(model: Any, inputs: Mapping[str, torch.Tensor]) -> Prepass:
+    """The pre-pass of a run of RUN_STEPS steps."""
+    own = inputs["timestep"]
+    return Prepass(model, Schedule(torch.linspace(float(own[0]) * 1000, 1000.0, RUN_STEPS, device=own.device)))
+
+
+def run_modulation(model: Any, prepass: Prepass, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Computes the modulation of a whole run; the last of its vectors."""
+    pooled = inputs["pooled_projections"].to(model.dtype)
+    given = Conditions(inputs["timestep"], inputs["guidance"], pooled, model.dtype)
+    whole = prepass.conditions(given, range(RUN_STEPS))
+    return lambda: modulate(model, whole).out.scale
+
+
 class Subject:
     """A built model, and what was allocated with and without it.
 
@@ -92,21 +105,15 @@ class Subject:
         self.weights = allocated_bytes(device) - self.before
 
     def _prepass(self) -> Prepass:
-        own = float(self.inputs["timestep"][0]) * 1000
-        timesteps = torch.linspace(own, 1000.0, RUN_STEPS, device=self.bench.work.device)
-        made = self.model.modulator = Prepass(self.model, Schedule(timesteps))
+        made = self.model.modulator = prepass_of(self.model, self.inputs)
         return made
 
     def _prepass_ms(self) -> float:
         """Milliseconds of the modulation of a whole run."""
         if self.prepass is None:
             return 0.0
-        inputs = self.inputs
-        pooled, dtype = inputs["pooled_projections"], inputs["hidden_states"].dtype
-        given = Conditions(inputs["timestep"], inputs["guidance"], pooled, dtype)
-        whole = self.prepass.conditions(given, range(RUN_STEPS))
-        vectors = partial(modulate, self.model, whole)
-        return measure(lambda: vectors().out.scale, self.bench.work.device, self.bench.repeats, 0).median_ms
+        modulation = run_modulation(self.model, self.prepass, self.inputs)
+        return measure(modulation, self.bench.work.device, self.bench.repeats, 0).median_ms
 
     @torch.no_grad()
     def measure(self, kind: str) -> Row:

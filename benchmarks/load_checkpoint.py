@@ -22,20 +22,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 
 import gossamer
+from gossamer.bench.host_memory import begin_peak, peak_resident_bytes
+from gossamer.bench.random_gguf import nbytes, shapes_of, write_gguf
 from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.bench.timing import wait
-from gossamer.checkpoints.flux_names import bfl_linears, bfl_norms
-from gossamer.models.flux_spec import FluxSpec, linear_shapes
-
-CHUNK_BYTES = 64 << 20
-SMALL = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")  # published files keep them BF16
-
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
+from gossamer.models.flux_spec import FluxSpec
 
 
 def spec_of(gigabytes: float, storage: str) -> FluxSpec:
@@ -45,47 +39,6 @@ def spec_of(gigabytes: float, storage: str) -> FluxSpec:
         if sum(nbytes(*entry) for entry in shapes_of(spec, storage).values()) <= gigabytes * 1e9:
             return spec
     raise SystemExit("The file has to hold at least one block of each kind: 1 GB.")
-
-
-def shapes_of(spec: FluxSpec, storage: str) -> Shapes:
-    """Type and shape by BFL name, as published GGUF files choose them."""
-    linears = linear_shapes(spec)
-    shapes: Shapes = dict.fromkeys(bfl_norms(spec.num_layers, spec.num_single_layers), ("F32", (128,)))
-    for name, parts in bfl_linears(spec.num_layers, spec.num_single_layers, spec.width, guidance=True).items():
-        rows, width = sum(linears[part.name][0] for part in parts), linears[parts[0].name][1]
-        kind = "BF16" if name.startswith(SMALL) else storage
-        shapes |= {f"{name}.weight": (kind, (rows, width)), f"{name}.bias": ("F32", (rows,))}
-    return shapes
-
-
-def nbytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a GGUF type."""
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(np.prod(shape)) // block * size
-
-
-def write_file(path: Path, shapes: Shapes) -> None:
-    """The header by the gguf package; then random bytes, so that no disk or file system can shorten them."""
-    writer = gguf.GGUFWriter(path, "flux")
-    for name, (kind, shape) in shapes.items():
-        number = gguf.GGMLQuantizationType[kind]
-        block, size = gguf.GGML_QUANT_SIZES[number]
-        stored = (*shape[:-1], shape[-1] // block * size) if block > 1 else shape
-        dtype = np.dtype(np.uint8 if block > 1 else np.float32)
-        writer.add_tensor_info(name, stored, dtype, nbytes(kind, shape), raw_dtype=number)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    start = -(-writer.fout[0].tell() // 32) * 32
-    writer.close()
-    left = sum(-(-nbytes(*entry) // 32) * 32 for entry in shapes.values())
-    # bytes of 0x3f and below: no half or bfloat16 made of them is infinite
-    noise = (np.random.default_rng(0).integers(0, 64, CHUNK_BYTES, dtype=np.uint8)).tobytes()
-    with path.open("r+b") as file:
-        file.seek(start)
-        while left:
-            left -= file.write(noise[:left])
-        os.fsync(file.fileno())
 
 
 def read_by_cat(path: Path) -> None:
@@ -103,18 +56,8 @@ def load(path: Path, device: torch.device) -> None:
 def forget(path: Path) -> None:
     """Take the file out of the page cache, whose pages have to be on the disk for that."""
     with path.open("rb") as file:
+        os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def begin_peak() -> None:
-    """Have the system count the most that is resident from now on."""
-    Path("/proc/self/clear_refs").write_text("5", "ascii")
-
-
-def status_bytes(key: str) -> int:
-    """An amount of memory of this process, as Linux counts it."""
-    text = Path("/proc/self/status").read_text("ascii")
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{key}:"))
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -139,7 +82,7 @@ def measure(path: Path, device: torch.device, runs: int, cold: bool) -> dict[str
         **{f"{name}_gb_per_second": round(value, 3) for name, value in medians.items()},
         **{f"{name}_all": [round(value, 3) for value in values] for name, values in rates.items()},
         "share_of_cat": round(medians["load"] / medians["cat"], 3),
-        "host_peak_bytes": status_bytes("VmHWM"),
+        "host_peak_bytes": peak_resident_bytes(),
     }
 
 
@@ -163,7 +106,7 @@ def main() -> None:
     shapes = shapes_of(spec_of(options.gigabytes, options.storage), options.storage)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / f"flux-{options.storage}.gguf"
-        write_file(path, shapes)
+        write_gguf(path, shapes)
         size = path.stat().st_size
         facts = {"storage": options.storage, "file_bytes": size, "tensors": len(shapes)}
         record = {**stamp(device), "threads": torch.get_num_threads(), **facts}

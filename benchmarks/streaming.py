@@ -19,22 +19,19 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flux_step_cases import attach_ours, build_ours, detach_ours
-from flux_step_rows import RUN_STEPS, Schedule
+from flux_step_rows import prepass_of, run_modulation
 from gossamer.bench.random_flux import ADAPTERS, Workload, full_size, random_adapters, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
 from gossamer.bench.timing import Repeats, Timing, measure, release_memory
 from gossamer.errors import GossamerError, InvalidOptionError
 from gossamer.memory.offload import Offload, arrange_blocks, block_count, offload
 from gossamer.memory.placement import Placement
-from gossamer.models.flux.modulation import Conditions, modulate
-from gossamer.models.flux.prepass import Prepass
 
 Row = dict[str, Any]
 
@@ -93,8 +90,7 @@ class Subject:
     def __post_init__(self) -> None:
         self.inputs = step_inputs(self.work)
         self.model = build_ours(self.work, self.storage, self.compute)
-        timesteps = torch.linspace(500.0, 1000.0, RUN_STEPS, device=self.work.device)
-        self.prepass = self.model.modulator = Prepass(self.model, Schedule(timesteps))
+        self.prepass = self.model.modulator = prepass_of(self.model, self.inputs)
 
     @torch.no_grad()
     def timed(self) -> Timing:
@@ -104,11 +100,8 @@ class Subject:
     @torch.no_grad()
     def prepass_ms(self) -> float:
         """The modulation of a whole run."""
-        inputs, pooled = self.inputs, self.inputs["pooled_projections"]
-        given = Conditions(inputs["timestep"], inputs["guidance"], pooled, inputs["hidden_states"].dtype)
-        whole = self.prepass.conditions(given, range(RUN_STEPS))
-        vectors = partial(modulate, self.model, whole)
-        return measure(lambda: vectors().out.scale, self.work.device, replace(self.repeats, timed=3), 0).median_ms
+        modulation = run_modulation(self.model, self.prepass, self.inputs)
+        return measure(modulation, self.work.device, replace(self.repeats, timed=3), 0).median_ms
 
 
 def rows_of(case: str, options: argparse.Namespace, work: Workload) -> Iterator[Row]:

@@ -79,7 +79,7 @@ def test_the_embedded_model_is_planned_from_its_own_files(capsys):
     document = answer(capsys, "plan", "embedded", "--gpu", "1660", "--ram", "8GB")
     assert document["chosen"]["blocks"] == 6
     assert document["chosen"]["disk_bytes"] == 0
-    assert document["chosen"]["peak_gpu_bytes"] < 1e8
+    assert document["chosen"]["peak_gpu_bytes"] < 1.4e8  # of which 70 MB are workspaces of cuBLAS
 
 
 def test_bundled_adapter_files(capsys, adapter_files):

@@ -214,6 +214,34 @@ def test_parts_that_take_turns_leave_nothing_but_the_vae(text):
     assert list(pipe("a red ball", **options).getdata()) == expected[0]
 
 
+def pools():
+    """Of captured graphs."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {each["segment_pool_id"] for each in torch.cuda.memory_snapshot()} - {(0, 0)}
+
+
+def test_steps_between_which_no_block_moves_are_replayed_and_leave_no_memory():
+    import gossamer
+
+    others = pools()
+    pipe = gossamer.load(storage="nf4", text_storage="nf4", device="cuda")
+    transformer, options = pipe.transformer, {"seed": 1, "steps": 5, "size": "64x64"}
+    prompts = ("a red ball", "two green cones")
+    expected = [list(pipe(prompt, **options).getdata()) for prompt in prompts]
+    count = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    handle = offload(pipe.components, Placement(count, text="evicted"), CUDA)
+    tally = transformer.stepper.tally
+    for prompt, picture in zip(prompts, expected, strict=True):
+        tally.clear()
+        assert list(pipe(prompt, **options).getdata()) == picture
+        assert (tally["captured"], tally["replayed"]) == (1, 3), tally
+        left = {each["segment_pool_id"] for each in torch.cuda.memory_snapshot()} - {(0, 0)}
+        assert left <= others, "the decoder had room for what it needs"
+    handle.settle()
+    assert list(pipe(prompts[0], **options).getdata()) == expected[0]
+
+
 def test_pinned_memory_takes_no_more_than_was_asked_for():
     memory = host_bytes(135_000_001, CUDA)
     assert memory.numel() == 135_000_001

@@ -7,7 +7,6 @@ that stay where they are, at each replay.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,36 +16,10 @@ from gossamer.models.flux import GraphedSteps, from_diffusers, prepare, run_bloc
 from gossamer.models.flux.graph import KEPT
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
 from gossamer.models.swap import linear_layers, quantize
+from recorded_steps import Double
 
 WIDE = {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56), "joint_attention_dim": 64, "in_channels": 64}
 REPLAYED, CAPTURED = "replayed", "captured"
-
-
-class Double:
-    """Records what is recorded, and hands back one tensor at each replay, as a graph does."""
-
-    def __init__(self):
-        self.captures = self.replays = self.releases = 0
-
-    def obstacle(self, tensor):
-        return None
-
-    def capture(self, work, device):
-        self.captures += 1
-        out = torch.empty_like(work())
-
-        def replay():
-            self.replays += 1
-            return out.copy_(work())
-
-        return replay
-
-    @contextmanager
-    def in_turn(self):
-        yield
-
-    def release(self):
-        self.releases += 1
 
 
 @pytest.fixture

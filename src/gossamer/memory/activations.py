@@ -42,10 +42,19 @@ def step_bytes(spec: FluxSpec, job: Job, activations: str, compute: str) -> int:
     unit = job.batch * spec.width
     single = unit * job.tokens * ((3 + 2 * MLP_RATIO - 1) * wide + (MLP_RATIO + 2) * narrow)
     double = unit * (2 * job.tokens * wide + _feed_forward(job, wide, narrow))
-    rotation = 2 * job.tokens * spec.attention_head_dim * 4
-    inputs = job.batch * (job.text_tokens * spec.joint_attention_dim + 2 * job.image_tokens * spec.in_channels) * wide
     worst = max(single if spec.num_single_layers else 0, double if spec.num_layers else 0)
-    return worst + rotation + inputs
+    return worst + _input_bytes(spec, job, wide)
+
+
+def captured_bytes(spec: FluxSpec, job: Job, activations: str) -> int:
+    """What a captured step keeps besides: copies of inputs, rotation and vectors, a result, a workspace of cuBLAS."""
+    return _input_bytes(spec, job, TYPE_BYTES[activations]) + vectors_bytes(spec, job, activations, 1) + CUBLAS_BYTES
+
+
+def _input_bytes(spec: FluxSpec, job: Job, wide: int) -> int:
+    """Image and text tokens, the result, and the rotation in float32."""
+    inputs = job.batch * (job.text_tokens * spec.joint_attention_dim + 2 * job.image_tokens * spec.in_channels) * wide
+    return inputs + 2 * job.tokens * spec.attention_head_dim * 4
 
 
 def _feed_forward(job: Job, wide: int, narrow: int) -> int:

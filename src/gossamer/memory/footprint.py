@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from gossamer.memory.activations import (
     CUBLAS_BYTES,
+    captured_bytes,
     largest_operand_bytes,
     modulation_operand_bytes,
     step_bytes,
@@ -88,9 +89,11 @@ def gpu_bytes(of: Setting, placement: Placement) -> Phases:
     always = {"VAE": vae_bytes(of.subject.spec.vae), **_operands(of), "libraries": CUBLAS_BYTES}
     reading, step, picture = _text_activations(of), _step(of, placement), _picture(of, placement)
     transformer = _transformer(of, placement)
+    kept, pool = _captured(of, placement)
+    step = {**step, **kept}
     if placement.text == "resident":
         everything = {**transformer, "text encoders": of.text_total, **always}
-        captured = _captured(of, placement)
+        captured = {name: size + pool for name, size in kept.items()}
         phases = ({**captured, **reading}, step, {**captured, **picture})
         return {phase: {**everything, **own} for phase, own in zip(PHASES, phases, strict=True)}
     if placement.text == "evicted":
@@ -104,11 +107,15 @@ def gpu_bytes(of: Setting, placement: Placement) -> Phases:
     }
 
 
-def _captured(of: Setting, placement: Placement) -> dict[str, int]:
-    """Steps that are captured as CUDA graphs, which those of resident weights are, keep the memory of their tensors."""
+def _captured(of: Setting, placement: Placement) -> tuple[dict[str, int], int]:
+    """Steps are captured as CUDA graphs where no block moves meanwhile: what they keep beside a step's own tensors, and
+    the memory of those, which is the graphs' until the transformer leaves.
+    """
     if placement.resident_blocks < len(of.weights.blocks):
-        return {}
-    return {"captured steps": step_bytes(of.subject.spec.transformer, of.job, of.activations, of.compute)}
+        return {}, 0
+    spec = of.subject.spec.transformer
+    kept = {"captured steps": captured_bytes(spec, of.job, of.activations)}
+    return kept, step_bytes(spec, of.job, of.activations, of.compute)
 
 
 def _transformer(of: Setting, placement: Placement) -> dict[str, int]:

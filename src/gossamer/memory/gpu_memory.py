@@ -93,6 +93,11 @@ def free_bytes(device: torch.device) -> int | None:
 def release(device: torch.device) -> None:
     """Give back what is held by nothing but cycles and caches."""
     gc.collect()
+    empty_cache(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what the allocator keeps for later, pools of graphs that are gone among it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.errors import InvalidOptionError
+from gossamer.memory.gpu_memory import empty_cache
 from gossamer.memory.offload_carousel import Arrangement
 from gossamer.memory.offload_copier import copier_of
 from gossamer.memory.offload_feed import feed_of
@@ -90,6 +92,7 @@ class Offload:
 
     def settle(self) -> None:
         """Undo all of it: every component is on the device for good, as if it had never been anywhere else."""
+        _drop_graphs(self.models, self.transport.device)
         for part in self.parts.values():
             part.settle()
         self._end(self.transport.device)
@@ -102,6 +105,7 @@ class Offload:
         """
         staying = sum(map(_device_tensor_bytes, self.models.values()))
         require_host_bytes(staying, "the weights that leave the GPU")
+        _drop_graphs(self.models, self.transport.device)
         for part in self.parts.values():
             part.withdraw()
         self._end(HOST)
@@ -114,8 +118,6 @@ class Offload:
             transformer = self.models[TRANSFORMER]
             transformer.weights = Resident()
             forget_groups(transformer)
-            if isinstance(transformer.stepper, GraphedSteps):  # what was captured reads from where weights were
-                transformer.stepper.release()
         if "vae" in self.models:
             _place_decoder(self.models["vae"], Placement(0))
         for model in self.models.values():
@@ -164,6 +166,7 @@ def arrange_blocks(part: Part, placement: Placement, count: int) -> None:
 
 def _carry_out(offloaded: Offload) -> None:
     models, parts, device = offloaded.models, offloaded.parts, offloaded.transport.device
+    _drop_graphs(models, device)
     for part in parts.values():
         part.go_home()
     if "vae" in models:
@@ -256,12 +259,20 @@ def _take_turns(offloaded: Offload) -> list[RemovableHandle]:
     for name in (TRANSFORMER, *TEXT_ENCODERS):
         if name in models:
             own = (name, MODULATION) if name == TRANSFORMER else (name,)
-            guest = Guest(models[name], [parts[each] for each in own if each in parts], device)
+            before_leaving = partial(_drop_graphs, {name: models[name]}, device)
+            guest = Guest(models[name], [parts[each] for each in own if each in parts], device, before_leaving)
             handles.append(turns.on_call(models[name], guest))
     if "vae" in models:
         models["vae"].to(device)
         handles += [turns.on_call(child, None) for child in models["vae"].children()]
     return handles
+
+
+def _drop_graphs(models: Models, device: torch.device) -> None:
+    """Have no step captured, because it reads from where weights are now, and give its memory to what comes next."""
+    stepper = models[TRANSFORMER].stepper if TRANSFORMER in models else None
+    if isinstance(stepper, GraphedSteps) and stepper.release():
+        empty_cache(device)
 
 
 # checks ---------------------------------------------------------------------------------------------------------------

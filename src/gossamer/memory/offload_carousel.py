@@ -91,6 +91,11 @@ class Carousel:
         streamed = sum(self._sizes[index] for index in self._ranges)
         return 0 if streamed == self._arrangement.buffer_bytes(self._sizes) else streamed
 
+    @property
+    def stays(self) -> bool:
+        """Whether every block has memory of its own: one that has come is there, at its address, until all close."""
+        return not self._ranges
+
     # what the seam calls ----------------------------------------------------------------------------------------------
 
     def arrive(self, index: int) -> None:

@@ -72,6 +72,11 @@ class Part:
         """What a pass through all blocks copies, of those that do not stay."""
         return 0 if self._carousel is None else self._carousel.streamed_bytes
 
+    @property
+    def stay(self) -> bool:
+        """Whether weights that have come stay until the part closes or is arranged anew."""
+        return self._arranged().stays
+
     def go_home(self) -> None:
         """Put all bytes where copies start from."""
         for station in self._stations.values():

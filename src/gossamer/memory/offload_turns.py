@@ -18,12 +18,22 @@ HOST = torch.device("cpu")
 
 
 class Guest:
-    """A module whose tensors are on the device during its turn; `parts` hold the weights that come block by block."""
+    """A module whose tensors are on the device during its turn; `parts` hold the weights that come block by block.
 
-    def __init__(self, module: nn.Module, parts: Sequence[Part], device: torch.device) -> None:
+    `before_leaving` is called while everything is there still: what reads tensors by their addresses has to go first.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Sequence[Part],
+        device: torch.device,
+        before_leaving: Callable[[], None] = lambda: None,
+    ) -> None:
         self._module = module
         self._parts = tuple(parts)
         self._device = device
+        self._before_leaving = before_leaving
         self._homes: dict[int, torch.Tensor] = {}
         self._move(self._at_home)
 
@@ -37,6 +47,7 @@ class Guest:
 
     def leave(self) -> None:
         """Have nothing on the device."""
+        self._before_leaving()
         for part in self._parts:
             part.close()
         self._move(self._at_home)

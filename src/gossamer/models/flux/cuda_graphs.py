@@ -28,8 +28,9 @@ class CudaGraphs:
     def capture(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
         """Record what `work` queues; blocks that torch has cached are given back first."""
         with torch.cuda.device(device):
-            if self._pool is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if self._stream is None or self._stream.device_index != torch.cuda.current_device():
+                self._stream = torch.cuda.Stream()
             graph = torch.cuda.CUDAGraph()
             # other threads may use the GPU meanwhile
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
@@ -51,5 +52,12 @@ class CudaGraphs:
         self._done = (stream, stream.record_event())
 
     def release(self) -> None:
-        """The pool goes with the last graph; the next capture begins another."""
-        self._pool = self._stream = None
+        """The pool goes with the last graph, once the last replay is done; the next capture begins another."""
+        if self._pool is None:
+            return
+        if self._done is not None:
+            # the allocator knows the stream of the capture only, and may unmap what replays elsewhere still use
+            self._done[1].synchronize()
+        # cuBLAS keeps a workspace a stream, that of the captures in the pool, which could not go; others come anew
+        torch._C._cuda_clearCublasWorkspaces()
+        self._pool = None

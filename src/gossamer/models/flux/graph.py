@@ -3,7 +3,8 @@
 A graph repeats kernels with the addresses that they had. So there is one for each set of shapes; inputs are copied into
 tensors of its own; and all graphs go when anything that kernels read moves: an adapter that comes or goes, a scale that
 becomes 0 or leaves it, a layer or parameter that is replaced, a model that is moved. A new scale alone is written into
-the memory that the graph reads.
+the memory that the graph reads. Weights that come from the host, and stay until their part's turn is over, are there
+after the first step; whoever ends the turn drops the graphs first, with `release`.
 
     first step of a shape      call by call: kernels are compiled, operands made
     second                     captured, then replayed
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from gossamer.kernels.operators import lasting, through_operator
-from gossamer.models.flux.seam import Resident, run_block
+from gossamer.models.flux.seam import run_block
 from gossamer.models.flux.snapshot import Snapshot
 from gossamer.models.flux.static_inputs import StaticInputs, shapes_of
 from gossamer.models.flux.step import StepInputs, run_step
@@ -70,7 +71,7 @@ class GraphedSteps:
         """Run a step in the way that is possible."""
         why_not = self._obstacle(model, inputs)
         if why_not is not None:
-            if self._captured and not isinstance(model.weights, Resident):
+            if self._captured and not model.weights.stay:
                 self.release()  # what graphs hold is memory that was to be saved
             return self._run(model, inputs, why_not)
         if self._snapshot is None or self._snapshot.differs(model):
@@ -85,12 +86,14 @@ class GraphedSteps:
         with self._backend.in_turn():
             return self._replay(shapes, model, inputs)
 
-    def release(self) -> None:
-        """Drop all graphs and give their memory back."""
+    def release(self) -> bool:
+        """Drop all graphs and give their memory back to the allocator; whether there were any."""
+        had_captured = bool(self._captured)
         self._captured.clear()
         self._warm.clear()
         self._snapshot = None
         self._backend.release()
+        return had_captured
 
     def _replay(self, shapes: Hashable, model: Any, inputs: StepInputs) -> torch.Tensor:
         captured = self._captured.get(shapes)
@@ -134,7 +137,7 @@ class GraphedSteps:
         """Why this step has to run call by call."""
         if model.runner is not run_block:
             return "something else than the plain loop runs the blocks"
-        if not isinstance(model.weights, Resident):
+        if not model.weights.stay:
             return "the weights of blocks come and go"
         if through_operator(inputs.image):
             return "gradients are recorded, or a compiler or tracer watches"

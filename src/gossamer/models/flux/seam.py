@@ -116,6 +116,10 @@ class Shared:
 class BlockWeights(Protocol):
     """Where the weights of blocks come from, each known by its index."""
 
+    @property
+    def stay(self) -> bool:
+        """Whether weights that have come move no more until the part as a whole leaves or is arranged anew."""
+
     def arrive(self, index: int) -> None:
         """Have the weights of a block on the device before anything that is queued from now on."""
 
@@ -125,6 +129,8 @@ class BlockWeights(Protocol):
 
 class Resident:
     """The weights of all blocks are on the device at all times."""
+
+    stay = True
 
     def arrive(self, index: int) -> None:
         """They are there."""
