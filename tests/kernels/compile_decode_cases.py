@@ -62,6 +62,7 @@ def cases(chip: int) -> list[Case]:
         Case("nf4", half, half, ranks=64),
         Case("Q4_K", byte, half, ranks=64, later_ranks=True),
         Case("Q4_K", half, half, even=False),
+        *(Case(storage, byte, "", even=False) for storage in READABLE if chip == 90),
         Case("nf4-dq", "fp32", "fp32", ranks=64),
     ]
     found += [Case(storage, byte, half, ranks=64) for storage in one_of_each_family()]

@@ -42,15 +42,15 @@ def measured_scale(packed: Packed, dtype: torch.dtype, width: int, terms: Stacke
     return row_scale
 
 
-def assert_half_a_step(out: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, storage: str) -> None:
-    """fp8 codes are the nearest ones but for what float16 adds.
+def assert_half_a_step(out: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, packed: Packed) -> None:
+    """fp8 codes are the nearest ones but for what float16 adds to the stored weight.
 
     Half a step is 2^-4 of the value among normal codes and 2^-10 units among subnormal ones. float16 rounds thrice,
     each time by 2^-11 at most; where a minimum is added, both summands are larger than their sum.
     """
-    units = row_scale.cpu()[:, None]
-    allowed = torch.maximum(weight.abs() / 16, units / 1024) * 1.001 + weight.abs() * 2**-9
-    allowed += units / 2 if storage in WITH_MINIMUM else 0
+    units, stored = row_scale.cpu()[:, None], effective_weight(packed, weight.shape[1])
+    allowed = torch.maximum(weight.abs() / 16, units / 1024) * 1.001 + stored.abs() * 2**-9
+    allowed += units / 2 if packed.format in WITH_MINIMUM else 0
     assert ((out.float().cpu() * units - weight).abs() <= allowed).all()
 
 
@@ -80,7 +80,7 @@ def test_fp8_is_within_half_a_step_of_the_reference(storage, shape):
     weight, row_scale = effective_weight(packed, shape[1]), measured_scale(packed, torch.float8_e4m3fn, shape[1])
     assert torch.equal(row_scale.cpu(), row_scales(weight, torch.float8_e4m3fn))
     decode(packed.to("cuda"), out, None, row_scale)
-    assert_half_a_step(out, row_scale, weight, storage)
+    assert_half_a_step(out, row_scale, weight, packed)
 
 
 def skip_without_fp8() -> None:
@@ -142,7 +142,7 @@ def test_fp8_with_terms_is_within_half_a_step_in_every_geometry(storage, ranks):
     for geometry in geometries(storage, terms.up.shape[1]):
         out = poisoned(140, 768, torch.float8_e4m3fn)
         decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
-        assert_half_a_step(out, row_scale, weight, storage)
+        assert_half_a_step(out, row_scale, weight, packed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -113,7 +113,7 @@ def k16_tile(
     elif FORMAT == "Q3_K":
         low = load_words(start + 32 + half * 32, inside_half, 8, False, RUN)
         again = block_starts(blocks, begin, rows, first, row_bytes, 128, 256, BYTES, ROWS, COLS)
-        high = load_words(again, inside_half, 8, False, RUN)
+        high = load_words(again, parts_inside(first, width, 128, COLS, EVEN), 8, False, RUN)
         scale = in_row_units(_q3_scale(block, sub, inside), units, begin, rows)
         bit = _part(first, 128, COLS)[:, :, None, None] * 4 + field
         word = (low[:, :, None, :] >> (field * 2)) & 0x03030303

@@ -115,7 +115,8 @@ def plan_head_tail(head: torch.Tensor | None, tail: torch.Tensor | None, dtype: 
     sizes = (head_tiles.block, head_tiles.count, tail_tiles.block, tail_tiles.count)
     numbers = (*_strides(head), *_strides(tail), largest_code(dtype), *sizes)
     width = sum(part.shape[-1] for part in parts.values())
-    piece = min(tiles.block for tiles in (head_tiles, tail_tiles) if tiles.count)
+    # the wider part decides: with warps for the head alone, a thread of a whole FLUX row would hold 120 values
+    piece = max(head_tiles.block, tail_tiles.block)
     return Plan((tokens, batch, 1), numbers, warps(width, VALUES_A_THREAD, piece))
 
 
