@@ -45,10 +45,13 @@ def tables(ending: str) -> dict[str, str]:
     sources: dict[str, tuple[str, Callable[[Record], str]]] = {
         "flux-step": ("flux_step", step_table),
         "flux-promises": ("flux_step", promises),
-        "flux-step-later": ("flux_step_later", step_table),
         "fits": ("fits", fits_table),
         "fits-promises": ("fits", fits_promises),
-        "kernels": ("kernels", kernel_table),
+        "kernels": ("kernels", older_kernel_table),
+        "kernels-to-fp8": ("kernels_to_fp8", kernel_table),
+        "changes": ("flux_changes", changes_table),
+        "prepass": ("prepass", prepass_table),
+        "host-memory": ("host_memory", host_table),
         "attention": ("attention", attention_table),
         "embedded-paths": ("embedded_paths", path_table),
     }
@@ -98,6 +101,65 @@ def kernel_table(record: Record) -> str:
         if not row["kernel"].startswith("row scale")
     ]
     return table(["kernel", "MB moved", "us", "share of a copy"], lines) + "\n" + described(record)
+
+
+def older_kernel_table(record: Record) -> str:
+    """The same without decoding to fp8, which has a record of its own since it changed."""
+    rows = [row for row in record["rows"] if not (row["kernel"].startswith("decode") and "-> fp8" in row["kernel"])]
+    return kernel_table({**record, "rows": rows})
+
+
+CHANGES = {
+    "first step, seconds": "first_step_seconds",
+    "a step, ms": "step_ms",
+    "new resolution: first": "new_resolution_first_ms",
+    "its usual step": "new_resolution_step_ms",
+    "swap of rank 16": "r16_swap_ms",
+    "step after it": "r16_step_after_swap_ms",
+    "swap of 4 x rank 16": "4xr16_swap_ms",
+    "a scale": "r16_scale_ms",
+    "step after it ": "r16_step_after_scale_ms",
+}
+
+
+def changes_table(record: Record) -> str:
+    """What changes cost, by model and kernel cache."""
+    lines = [
+        [row["model"], row["kernel_cache"], *(f"{row[key]:.{1 if row[key] < 100 else 0}f}" for key in CHANGES.values())]
+        for row in record["rows"]
+    ]
+    return table(["model", "kernel cache", *CHANGES], lines) + "\n" + described(record)
+
+
+def prepass_table(record: Record) -> str:
+    """Memory and seconds with the modulation's weights on the GPU and without."""
+    lines = [
+        [
+            "in every step, weights on the GPU"
+            if row["modulation"] == "resident"
+            else "once a run, weights on the host",
+            *(f"{row[key] / 1e9:.2f}" for key in ("allocated_bytes", "peak_bytes")),
+            f"{row['step_ms']:.1f}",
+            f"{row['prepass_seconds']:.3f}",
+        ]
+        for row in record["rows"]
+    ]
+    head = ["modulation, bf16", "allocated, GB", "peak of a step, GB", "ms a step", "seconds of 28 steps"]
+    return table(head, lines) + "\n" + described(record)
+
+
+def host_table(record: Record) -> str:
+    """Host memory of a pipeline that streams from a file."""
+    lines = [
+        [
+            row["vram"],
+            *(f"{row[key] / 1e9:.2f}" for key in ("file_bytes", "text_bytes", "peak_bytes", "limit_bytes")),
+            "kept" if row["kept"] else "**missed**",
+        ]
+        for row in record["rows"]
+    ]
+    head = ["GPU budget", "file, GB", "text encoders", "peak, all of the process", "file + 2 GB", "without the texts"]
+    return table(head, lines) + "\n" + described(record)
 
 
 def attention_table(record: Record) -> str:
