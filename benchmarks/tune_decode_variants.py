@@ -85,7 +85,9 @@ def _term_runs(storage: str) -> Sequence[tuple[int, int]]:
         return ((8, 64), (8, 96), (16, 96))
     if family == "legacy" and storage != "IQ4_NL":
         return ((16, 16), (16, 0))
-    return ((16, 32), (8, 32)) if family == "k32" and storage != "IQ4_XS" else ((16, 64), (16, 0))
+    if family == "k32" and storage != "IQ4_XS":
+        return ((16, 32), (8, 32))
+    return ((16, 64), (16, 0), (32, 0)) if family == "four_bit" else ((16, 64), (16, 0))
 
 
 def variants(case: Case) -> list[Geometry]:

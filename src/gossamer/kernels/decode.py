@@ -64,7 +64,8 @@ def decode(
 
     `out` may be a slice of rows of a larger buffer; where it is wider than the packed weight, the base has zeros there.
     `row_scale` is read, not written: `measure_row_scale` fills it, once for as long as weight and terms stay the same.
-    A larger scale, such as a sum of bounds, is as good for fp8, whose step follows the value; codes beyond saturate.
+    A larger scale, such as a sum of bounds, is as good for fp8, whose step follows the value; codes beyond saturate. On
+    the way to fp8 stored weights are rounded to eleven bits: a code may be the second nearest where two are as near.
     """
     bound_decode(packed, out, terms, row_scale)()
 

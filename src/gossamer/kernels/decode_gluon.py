@@ -1,20 +1,24 @@
-"""The decode kernel with layouts of its own: no value moves from one thread to another, and no barrier is in the loop.
+"""The decode kernel with layouts of its own: no weight moves from one thread to another.
 
-The same as `decode_kernel.decode_kernel`, for chips from Ampere on. There Triton chooses a layout for each load, and
-between loads, tensor cores and stores values change threads through shared memory: 12 to 26 barriers a tile, and loads
-that touch as many cache lines as a warp has lanes.
+The same as `decode_kernel.decode_kernel`, for chips from Ampere on and up to 64 ranks. There Triton chooses a layout for
+each load, and between loads, tensor cores and stores values change threads through shared memory: 12 to 26 barriers a
+tile, and loads that touch as many cache lines as a warp has lanes.
 
 Here the order of columns inside a tile is chosen instead. A product does not care in which order `down` has its
 columns, as long as the stored tile has them in the same order. So a thread decodes RUN neighbouring columns, whose
-codes it reads as whole words and whose results it writes side by side, and these become the elements that `mma.sync`
-expects in that thread: 8 rows are spread over the lanes, four lanes share a row, and a thread has pairs of columns.
+codes it reads as whole words and whose results it writes side by side, and these become the elements that tensor cores
+expect in that thread: 8 rows are spread over the lanes, four lanes share a row, and a thread has pairs of columns.
 `_matrix_order` states which column stands where.
+
+What binds it with terms is the load-store unit: a load or store takes as long as it touches rows, and each has eight.
+So both factors wait in shared memory, `down` for the whole program and `up` for _UP_ROWS rows, and a thread has as many
+columns of a row as its registers allow. A Hopper warpgroup reads both factors there itself, once for 64 rows.
 
 Only the layout of the weights is stated; those of all loads follow from it backwards (Gluon's automatic layouts).
 
 fp8 has three fraction bits. Towards it stored weights are float16 in units of their row, so that two share an
 instruction: half of the instructions, and a decoded weight is at most 2^-9 of itself further from its exact value than
-half a step of fp8. `down` waits in shared memory, and the next tile's codes are asked for while one is worked on.
+half a step of fp8 (where a minimum is added, 2^-9 of the larger summand).
 """
 
 from __future__ import annotations
@@ -114,13 +118,7 @@ def _shared(inner: int, warpgroup: bool) -> gl.SwizzledSharedLayout | gl.NVMMASh
 
 
 @gluon.jit
-def _up(
-    up: gl.tensor,
-    begin: gl.tensor,
-    rows: gl.tensor,
-    ROWS: gl.constexpr,
-    RANKS: gl.constexpr,
-) -> gl.tensor:
+def _up(up: gl.tensor, begin: gl.tensor, rows: gl.tensor, ROWS: gl.constexpr, RANKS: gl.constexpr) -> gl.tensor:
     """(ROWS, RANKS) of `up`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // RANKS, RANKS // 8], [gl.num_warps(), 1], [1, 0])
     pointer = row_starts(up, begin, rows, RANKS, ROWS)[:, None] + steps(RANKS)[None, :]
