@@ -1,8 +1,8 @@
 """The decode kernel with layouts of its own: no weight moves from one thread to another.
 
-The same as `decode_kernel.decode_kernel`, for chips from Ampere on and up to 64 ranks. There Triton chooses a layout for
-each load, and between loads, tensor cores and stores values change threads through shared memory: 12 to 26 barriers a
-tile, and loads that touch as many cache lines as a warp has lanes.
+The same as `decode_kernel.decode_kernel`, for chips from Ampere on and up to 64 ranks. There Triton chooses a layout
+for each load, and between loads, tensor cores and stores values change threads through shared memory: 12 to 26 barriers
+a tile, and loads that touch as many cache lines as a warp has lanes.
 
 Here the order of columns inside a tile is chosen instead. A product does not care in which order `down` has its
 columns, as long as the stored tile has them in the same order. So a thread decodes RUN neighbouring columns, whose
