@@ -14,9 +14,8 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = (
-            None  # one for all captures: workspaces of libraries belong to a stream
-        )
+        # one for all captures: workspaces of libraries belong to a stream
+        self._stream: torch.cuda.Stream | None = None
         self._done: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def obstacle(self, tensor: torch.Tensor) -> str | None:
