@@ -115,7 +115,8 @@ def plan_head_tail(head: torch.Tensor | None, tail: torch.Tensor | None, dtype: 
     sizes = (head_tiles.block, head_tiles.count, tail_tiles.block, tail_tiles.count)
     numbers = (*_strides(head), *_strides(tail), largest_code(dtype), *sizes)
     width = sum(part.shape[-1] for part in parts.values())
-    # the wider part decides: with warps for the head alone, a thread of a whole FLUX row would hold 120 values
+    # the wider part decides, though the narrow one is then read in halves of 16 bytes: with warps for the narrow one, a
+    # thread would hold 120 values of a FLUX row
     piece = max(head_tiles.block, tail_tiles.block)
     return Plan((tokens, batch, 1), numbers, warps(width, VALUES_A_THREAD, piece))
 
