@@ -13,7 +13,14 @@ from gossamer.formats import Packed, pack, storage_names, unpack
 from gossamer.kernels import decode as decode_module
 from gossamer.kernels import decode_ops
 from gossamer.kernels.decode import decode, decode_by, measure_row_scale
-from gossamer.kernels.decode_geometry import STORED_ONLY, WITH_TERMS, Geometry
+from gossamer.kernels.decode_geometry import (
+    STORED_ONLY,
+    WITH_TERMS,
+    Geometry,
+    chosen_geometry,
+    gluon_terms,
+    warpgroup_terms,
+)
 from gossamer.kernels.decode_reference import (
     decode_in_torch,
     effective_weight,
@@ -174,6 +181,24 @@ def test_a_layer_is_cut_into_about_as_many_programs_as_asked_for(monkeypatch):
     for programs, tiles in ((None, 1), (1, 68), (4, 16), (8, 8), (1000, 1)):
         assert decode_module._tiles_each(layout, Geometry(64, 128, 4, programs=programs)) == tiles
     decode_module._tiles_each.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("storage", "dtype", "rank", "hopper", "expected"),
+    [
+        ("nf4", torch.bfloat16, 0, True, STORED_ONLY),
+        ("bf16", torch.float8_e4m3fn, 16, True, WITH_TERMS),
+        ("nf4", torch.float8_e4m3fn, 32, False, gluon_terms("nf4", torch.float8_e4m3fn)),
+        ("nf4", torch.float8_e4m3fn, 64, False, WITH_TERMS),
+        ("nf4", torch.float8_e4m3fn, 64, True, warpgroup_terms("nf4")),
+        ("nf4", torch.bfloat16, 64, True, WITH_TERMS),
+        ("nf4", torch.float8_e4m3fn, 128, True, WITH_TERMS),
+        ("Q8_0", torch.bfloat16, 16, True, WITH_TERMS),
+        ("Q8_0", torch.int8, 16, False, WITH_TERMS),
+    ],
+)
+def test_the_geometry_follows_from_format_output_ranks_and_chip(storage, dtype, rank, hopper, expected):
+    assert chosen_geometry(storage, dtype, rank, hopper) == expected
 
 
 def test_scales_change_in_place():
