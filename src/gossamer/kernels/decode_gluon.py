@@ -164,8 +164,32 @@ def _down(
     return gl.convert_layout(_reordered(scaled, ORDER, False), LAYOUT)
 
 
+@gluon.jit
+def _product(
+    left: gl.shared_memory_descriptor,
+    right: gl.shared_memory_descriptor,
+    tile: gl.tensor,
+    ORDER: gl.constexpr,
+    WEIGHTS: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+) -> gl.tensor:
+    """left (ROWS, RANKS) @ right (RANKS, COLS), and `tile` if it is one, in the columns' stored order: float32."""
+    ROWS: gl.constexpr = left.shape[0]
+    COLS: gl.constexpr = right.shape[1]
+    MMA: gl.constexpr = _product_layout(COLS, gl.num_warps(), WARPGROUP)
+    if tile is None:
+        added = gl.zeros([ROWS, COLS], gl.float32, MMA)
+    else:
+        added = gl.convert_layout(_reordered(tile, ORDER, False), MMA)
+    if WARPGROUP:
+        added = warpgroup_mma(left, right, added, use_acc=tile is not None)
+    else:
+        added = mma_v2(left.load(gl.DotOperandLayout(0, MMA, 2)), right.load(gl.DotOperandLayout(1, MMA, 2)), added)
+    return gl.convert_layout(_reordered(added, ORDER, True), WEIGHTS)
+
+
 @constexpr_function
-def _lines(rows: int, span: int, warps: int) -> tuple[int, gl.BlockedLayout]:
+def _lines(span: int, warps: int) -> tuple[int, gl.BlockedLayout]:
     """How many lines of 32 bytes `span` bytes fill, as a power of two, and a layout of such lines of all rows."""
     count = 1 << (-(-span // 32) - 1).bit_length()
     return count, gl.BlockedLayout([1, 1], [max(1, 32 // count), min(32, count)], [warps, 1], [1, 0])
@@ -183,7 +207,7 @@ def _fetch(
     SPAN: gl.constexpr,
 ) -> None:
     """Ask L2 for the SPAN bytes of codes of each row of a tile; nobody waits for them."""
-    LINES: gl.constexpr = _lines(ROWS, SPAN, gl.num_warps())
+    LINES: gl.constexpr = _lines(SPAN, gl.num_warps())
     start = codes.to(gl.pointer_type(gl.uint8)) + (first // COLS).to(gl.int64) * SPAN
     byte = gl.minimum(steps(LINES[0]) * 32, SPAN - 1)
     line = gl.set_auto_layout(row_starts(start, begin, rows, row_bytes, ROWS)[:, None] + byte[None, :], LINES[1])
@@ -246,9 +270,6 @@ def gluon_decode_kernel(
     table = levels if levels is None else _lane_levels(levels, DOWN)
     if up is not None:
         gl.static_assert((DOWN == 8) & (not LATER_RANKS), "eight rows in the lanes of a warp, all ranks at once")
-        MMA: gl.constexpr = _product_layout(COLS, WARPS, WARPGROUP)
-        LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-        RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
         ORDER: gl.constexpr = _matrix_order(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
         TILES: gl.constexpr = _UP_ROWS // ROWS
         UPS: gl.constexpr = _shared(RANKS, WARPGROUP)
@@ -270,16 +291,7 @@ def gluon_decode_kernel(
         )  # fmt: skip
         tile = gl.set_auto_layout(tile, WEIGHTS)
         if up is not None:
-            if SHORT:
-                added = gl.zeros([ROWS, COLS], gl.float32, MMA)
-            else:
-                added = gl.convert_layout(_reordered(tile, ORDER, False), MMA)
-            left = ups.index(index % TILES)
-            if WARPGROUP:
-                added = warpgroup_mma(left, right, added, use_acc=not SHORT)
-            else:
-                added = mma_v2(left.load(LEFT), right.load(RIGHT), added)
-            added = gl.convert_layout(_reordered(added, ORDER, True), WEIGHTS)
+            added = _product(ups.index(index % TILES), right, None if SHORT else tile, ORDER, WEIGHTS, WARPGROUP)
             tile = gl.fma(added, (1.0 / unit)[:, None], tile.to(gl.float32)) if SHORT else added
         if OUTPUT != "float" and not SHORT:
             tile *= gl.div_rn(1.0, unit)[:, None]

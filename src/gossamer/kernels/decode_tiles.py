@@ -126,16 +126,17 @@ def word_bytes(aligned: bool, run: int) -> int:
 
 @triton.constexpr_function
 def _shifts(count: int) -> str:
-    """PTX: `count` words, each from two neighbours of count + 1, by one selection of bytes for all."""
-    word = [
-        f"${count + place}" for place in range(count + 1)
-    ]  # the next operand but the last is the same `count` times
+    """PTX: `count` words, each from two neighbours of count + 1, by one selection of bytes for all.
+
+    Operands come `count` times each: results, words, the word behind them, the selection.
+    """
+    word = [f"${count + place}" for place in range(count + 1)]
     return " ".join(f"prmt.b32 ${place}, {word[place]}, {word[place + 1]}, ${3 * count};" for place in range(count))
 
 
 @triton.constexpr_function
 def _shift_operands(count: int) -> str:
-    """Their constraints: `count` results; words, the word behind them and the selection, `count` times each."""
+    """The constraints of these operands."""
     return ",".join(["=r"] * count + ["r"] * 3 * count)
 
 
@@ -243,16 +244,15 @@ def in_row_units(scale: tl.tensor, units: tl.tensor, begin: tl.tensor, rows: tl.
 
 
 @triton.jit
-def look_up(levels: tl.tensor, code: tl.tensor, RUN: tl.constexpr) -> tl.tensor:
-    """Values of a table of sixteen, by int32 codes of any shape whose low four bits count.
+def look_up(levels: tl.tensor, code: tl.tensor, SHORT: tl.constexpr, RUN: tl.constexpr) -> tl.tensor:
+    """Values of a table of sixteen, by int32 codes of any shape whose low four bits count; float16 where SHORT.
 
     In Triton `levels` is a pointer and RUN 0; a gather goes through shared memory, whose addresses have 32 bits.
     In Gluon every lane has one entry, `levels` (1, lanes down, 1, lanes across, 1), and asks another lane for its own;
     RUN is how many neighbours of a row, in the order of `code`, a lane has.
     """
     if RUN == 0:
-        flat = tl.reshape(code & 15, (code.numel,))
-        return tl.reshape(tl.gather(tl.load(levels + tl.arange(0, 16)), flat, 0), code.shape)
+        value = tl.gather(tl.load(levels + tl.arange(0, 16)), tl.reshape(code & 15, (code.numel,)), 0)
     else:
         DOWN: tl.constexpr = levels.shape[1]
         ACROSS: tl.constexpr = levels.shape[3]
@@ -267,4 +267,4 @@ def look_up(levels: tl.tensor, code: tl.tensor, RUN: tl.constexpr) -> tl.tensor:
             is_pure=True,
             pack=1,
         )
-        return tl.reshape(value, code.shape)
+    return tl.reshape(value.to(tl.float16) if SHORT else value, code.shape)

@@ -47,7 +47,7 @@ def four_bit_tile(
 
     # bytes come lowest first, and in a byte the high four bits: shifts 4, 0, 12, 8, ...
     place = steps(8)[None, None, :] ^ 1
-    value = look_up(levels, packed[:, :, None] >> (place * 4), RUN)
-    value = tl.reshape(value if units is None else value.to(tl.float16), (ROWS, COLS // 64, 64))
+    value = look_up(levels, packed[:, :, None] >> (place * 4), units is not None, RUN)
+    value = tl.reshape(value, (ROWS, COLS // 64, 64))
     scale = in_row_units(largest, units, begin, rows).to(value.dtype)
     return tl.reshape(value * scale[:, :, None], (ROWS, COLS))

@@ -167,8 +167,7 @@ def k32_tile(
         unit = load_half(block, inside)
         factor = ((low.to(tl.int32) >> (sub % 2 * 4)) & 15) | (((high.to(tl.int32) >> (sub % 4 * 2)) & 3) << 4)
         scale = in_row_units(exact_float(factor, 32) * unit.to(tl.float32), units, begin, rows)
-        value = nibble_levels(levels, word, 4, RUN)
-        value = value.to(tl.float16) if SHORT else value
+        value = nibble_levels(levels, word, 4, SHORT, RUN)
         weight = value * scale.to(value.dtype)[:, :, None]
     else:
         tl.static_assert((FORMAT == "Q4_K") | (FORMAT == "Q5_K"))

@@ -29,11 +29,13 @@ def nibbles(word: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def nibble_levels(levels: tl.tensor, word: tl.tensor, WORD: tl.constexpr, RUN: tl.constexpr) -> tl.tensor:
-    """Levels of nibbles of words of WORD bytes (ROWS, blocks, words), low ones first: float32 (ROWS, blocks, 32)."""
+def nibble_levels(
+    levels: tl.tensor, word: tl.tensor, WORD: tl.constexpr, SHORT: tl.constexpr, RUN: tl.constexpr
+) -> tl.tensor:
+    """`look_up` of the nibbles of words of WORD bytes (ROWS, blocks, words), low ones first: (ROWS, blocks, 32)."""
     place = (steps(2) * 4)[None, None, :, None, None] + (steps(WORD) * 8)[None, None, None, None, :]
     code = tl.reshape(word[:, :, None, :, None] >> place, (word.shape[0], word.shape[1], 32))
-    return look_up(levels, code, RUN)
+    return look_up(levels, code, SHORT, RUN)
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def legacy_tile(
         word = load_words(block + START, inside, 8, with_minimum, RUN)
         value = byte_values(word ^ -0x7F7F7F80, WORD, 128, SHORT)
     elif FORMAT == "IQ4_NL":
-        value = nibble_levels(levels, load_words(block + START, inside, 4, with_minimum, RUN), WORD, RUN)
+        value = nibble_levels(levels, load_words(block + START, inside, 4, with_minimum, RUN), WORD, SHORT, RUN)
     elif (FORMAT == "Q4_0") | (FORMAT == "Q4_1"):
         word = nibbles(load_words(block + START, inside, 4, with_minimum, RUN))
         value = byte_values(word, WORD, 0 if with_minimum else 8, SHORT)
@@ -93,7 +95,7 @@ def legacy_tile(
         again = block_starts(blocks, begin, rows, first, row_bytes, 32, 32, BYTES, ROWS, COLS)
         word = nibbles(low) | _fifth_bits(again + START, parts_inside(first, width, 32, COLS, EVEN), WORD)
         value = byte_values(word, WORD, 0 if with_minimum else 16, SHORT)
-    value = tl.reshape(value.to(tl.float16) if SHORT else value, (ROWS, COLS // 32, 32))
+    value = tl.reshape(value, (ROWS, COLS // 32, 32))
     scale = in_row_units(unit.to(tl.float32), units, begin, rows).to(value.dtype)
     if with_minimum:
         added = in_row_units(minimum.to(tl.float32), units, begin, rows).to(value.dtype)
