@@ -39,7 +39,7 @@ from flux_step_rows import prepass_of, run_modulation
 from gossamer.bench.host_memory import host_memory
 from gossamer.bench.random_flux import full_size, step_inputs, tiny
 from gossamer.bench.record import read_resumed, record_path, stamp, write_record
-from gossamer.bench.timing import Repeats, release_memory, wait
+from gossamer.bench.timing import Repeats, release_memory, require_gpu, wait
 from gossamer.errors import GossamerError, InvalidOptionError, UnknownOptionError
 from gossamer.memory.budget import Budget
 from gossamer.memory.byte_sizes import parse_bytes, show_bytes
@@ -83,12 +83,7 @@ def main() -> None:
         return
     names = wanted(options.rows.split(","))
     device = torch.device("cpu" if options.quick else "cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            "There is no GPU to measure on.",
-            "What is measured is how a GPU's memory is used.",
-            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
-        )
+    require_gpu(device, "What is measured is how a GPU's memory is used.")
     model = model_of(device, options.quick)
     record = read_resumed(options.resume, fresh(model)) if options.resume else fresh(model)
     path = record_path(options.out, "fits", record)

@@ -31,8 +31,8 @@ from gossamer.adapters import attached, set_scale
 from gossamer.adapters.host_memory import ready_for
 from gossamer.bench.random_flux import Workload, full_size, random_adapters, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
-from gossamer.bench.timing import wait
-from gossamer.errors import GossamerError, InvalidOptionError
+from gossamer.bench.timing import require_gpu, wait
+from gossamer.errors import GossamerError
 
 MODELS = "bf16/bf16,fp8/fp8,nf4/fp8,Q4_K/fp8,Q8_0/bf16"
 USUAL_STEPS = 5  # of which the median is the usual step
@@ -42,13 +42,8 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = parser().parse_args()
-    if not options.quick and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            "There is no GPU to measure on.",
-            "The full-size model takes minutes a step on a CPU.",
-            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
-        )
     device = torch.device("cpu" if options.quick else "cuda")
+    require_gpu(device, "The full-size model takes minutes a step on a CPU.")
     if options.one:
         print(json.dumps(measured((tiny if options.quick else full_size)(device), options.one)))
         return

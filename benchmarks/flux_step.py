@@ -31,8 +31,8 @@ from flux_step_cases import CASES, OURS, Case, row_names
 from flux_step_rows import Bench, Row, keep_reference, labels, name_of, rows_of
 from gossamer.bench.random_flux import ADAPTERS, Workload, full_size, tiny
 from gossamer.bench.record import read_resumed, record_path, stamp, write_record
-from gossamer.bench.timing import Repeats
-from gossamer.errors import GossamerError, InvalidOptionError, UnknownOptionError
+from gossamer.bench.timing import Repeats, require_gpu
+from gossamer.errors import GossamerError, UnknownOptionError
 
 Plan = list[tuple[Case, list[str]]]
 
@@ -47,12 +47,7 @@ def main() -> None:
         print("\n".join(row_names()))
         return
     device = torch.device("cpu" if options.quick else "cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            "There is no GPU to measure on.",
-            "The full-size model takes 48 GB in float32 and minutes a step on a CPU.",
-            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
-        )
+    require_gpu(device, "The full-size model takes 48 GB in float32 and minutes a step on a CPU.")
     plan = planned(options.rows.split(","))
     work = (tiny if options.quick else full_size)(device)
     record = read_resumed(options.resume, fresh(work)) if options.resume else fresh(work)

@@ -45,7 +45,7 @@ from fits_pipeline import Model, write_base
 from gossamer.bench.host_memory import HostMemory, host_memory, peak_resident_bytes, watched
 from gossamer.bench.random_gguf import shapes_of, write_gguf
 from gossamer.bench.record import record_path, stamp, write_record
-from gossamer.bench.timing import release_memory, wait
+from gossamer.bench.timing import release_memory, require_gpu, wait
 from gossamer.errors import GossamerError, InvalidOptionError
 from gossamer.memory.model_specs import T5Spec
 from gossamer.pipeline.components import pipeline_kinds
@@ -80,12 +80,7 @@ def main() -> None:
         print(json.dumps(measured(Task(**json.loads(options.one)))))
         return
     device = torch.device("cpu" if options.quick else "cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            "There is no GPU to measure on.",
-            "What is measured is the host's part of a model that is streamed to a GPU.",
-            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
-        )
+    require_gpu(device, "What is measured is the host's part of a model that is streamed to a GPU.")
     record = {**stamp(device), "storage": options.storage, "steps": options.steps, "rows": []}
     path = record_path(options.out, "host_memory", record)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

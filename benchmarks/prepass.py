@@ -31,8 +31,8 @@ from flux_step_rows import RUN_STEPS, prepass_of, run_modulation
 from gossamer.bench.metrics import relative_error
 from gossamer.bench.random_flux import Workload, full_size, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
-from gossamer.bench.timing import Repeats, Timing, allocated_bytes, measure, release_memory
-from gossamer.errors import GossamerError, InvalidOptionError
+from gossamer.bench.timing import Repeats, Timing, allocated_bytes, measure, release_memory, require_gpu
+from gossamer.errors import GossamerError
 from gossamer.memory.offload import block_count, offload
 from gossamer.memory.offload_part import modulation_linears
 from gossamer.memory.placement import Placement
@@ -47,12 +47,7 @@ Row = dict[str, Any]
 def main() -> None:
     options = parser().parse_args()
     device = torch.device("cpu" if options.quick else "cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            "There is no GPU to measure on.",
-            "What is measured is the memory of a GPU.",
-            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
-        )
+    require_gpu(device, "What is measured is the memory of a GPU.")
     work, repeats = (tiny if options.quick else full_size)(device), Repeats(2, options.steps)
     record = {**stamp(device), "workload": work.name, "run_steps": RUN_STEPS, "rows": []}
     path = record_path(options.out, "prepass", record)

@@ -28,8 +28,8 @@ from flux_step_cases import attach_ours, build_ours, detach_ours
 from flux_step_rows import prepass_of, run_modulation
 from gossamer.bench.random_flux import ADAPTERS, Workload, full_size, random_adapters, step_inputs, tiny
 from gossamer.bench.record import record_path, stamp, write_record
-from gossamer.bench.timing import Repeats, Timing, measure, release_memory
-from gossamer.errors import GossamerError, InvalidOptionError
+from gossamer.bench.timing import Repeats, Timing, measure, release_memory, require_gpu
+from gossamer.errors import GossamerError
 from gossamer.memory.offload import Offload, arrange_blocks, block_count, offload
 from gossamer.memory.placement import Placement
 
@@ -42,12 +42,7 @@ RESIDENT = "0,10,20,30,40,50,57"
 def main() -> None:
     options = parser().parse_args()
     device = torch.device("cpu" if options.quick else "cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            "There is no GPU to stream to.",
-            "What is measured is the overlap of copies with the computing of a GPU.",
-            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
-        )
+    require_gpu(device, "What is measured is the overlap of copies with the computing of a GPU.", "stream to")
     work = (tiny if options.quick else full_size)(device)
     record = {**stamp(device), "workload": work.name, "rows": []}
     path = record_path(options.out, "streaming", record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from failing_copies import fail_after
 from gossamer.adapters import Adapter, DecomposedTerm, LowRankTerm, attach, attached, detach, host_memory
 from gossamer.adapters.host_memory import pinned_bytes, ready_for, side_by_side
 from gossamer.adapters.terms import tensors_of
@@ -149,15 +150,7 @@ def test_memory_that_runs_out_leaves_the_model_as_it_was(quantized, make_adapter
     model = quantized().to("meta")
     attach(model, make_adapter(), "style")
     names = {name: layer.names() for name, layer in linear_layers(model).items()}
-    width, left, copied = model.config.in_channels, [1], moves._copied
-
-    def failing(run, device):
-        if not left:
-            raise torch.OutOfMemoryError("no memory left")
-        left.pop()
-        return copied(run, device)
-
-    monkeypatch.setattr(moves, "_copied", failing)
+    width, left = model.config.in_channels, fail_after(monkeypatch, 1)
     with pytest.raises(torch.OutOfMemoryError):
         attach(model, side_by_side(control, Buffers()), "control")
     assert not left, "the first of two copies was made"

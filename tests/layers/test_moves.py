@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.layers import Decomposed, LowRank, moves
+from failing_copies import fail_after
+from gossamer.layers import Decomposed, LowRank
 from gossamer.layers.moves import GAP_BYTES, RUN_BYTES, move_terms, moved, runs
 
 META = torch.device("meta")
@@ -87,15 +88,8 @@ def test_every_tensor_of_every_kind_is_moved():
 
 def test_a_copy_that_fails_changes_no_term(monkeypatch):
     terms = [LowRank(name, torch.randn(2, 8), torch.randn(4, 2)) for name in "abc"]
-    before, copied, left = [term.tensors() for term in terms], moves._copied, [1, 2, 3]
-
-    def failing(run, device):
-        if not left:
-            raise torch.OutOfMemoryError("no memory left")
-        left.pop()
-        return copied(run, device)
-
-    monkeypatch.setattr(moves, "_copied", failing)
+    before = [term.tensors() for term in terms]
+    fail_after(monkeypatch, 3)
     with pytest.raises(torch.OutOfMemoryError):
         move_terms([(term, META) for term in terms])
     for term, tensors in zip(terms, before, strict=True):

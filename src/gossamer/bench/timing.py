@@ -19,6 +19,8 @@ from itertools import pairwise
 
 import torch
 
+from gossamer.errors import InvalidOptionError
+
 
 @dataclass(frozen=True)
 class Repeats:
@@ -61,6 +63,16 @@ def measure(step: Callable[[], torch.Tensor], device: torch.device, repeats: Rep
         peak_bytes=torch.cuda.max_memory_allocated(device) - weights_end if device.type == "cuda" else None,
         result=result,
     )
+
+
+def require_gpu(device: torch.device, why: str, purpose: str = "measure on") -> None:
+    """Refuse a GPU that is not there, with the reason why it needs to be one."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidOptionError(
+            f"There is no GPU to {purpose}.",
+            why,
+            "Try the benchmark itself with --quick, or run it on a machine with an NVIDIA GPU.",
+        )
 
 
 def allocated_bytes(device: torch.device) -> int:
