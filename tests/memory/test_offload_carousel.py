@@ -1,8 +1,9 @@
-"""The order of copies and uses, on a simulated device that runs its two queues in every order that the waits allow."""
+"""The order of copies and uses, on a simulated device that runs its queues in every order that the waits allow."""
 
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,12 +14,13 @@ from gossamer.memory.offload_carousel import Arrangement, Carousel
 from gossamer.memory.offload_feed import StraightFeed
 from gossamer.memory.offload_home import Pinned
 from gossamer.memory.offload_layout import ring
+from gossamer.memory.offload_recording import Recording
 from gossamer.memory.offload_schedule import Cyclic, Once
 
 SIZES = (512, 512, 512, 256, 256, 256, 256)
 
 
-@dataclass
+@dataclass(eq=False)
 class Mark:
     passed: bool = False
 
@@ -35,7 +37,7 @@ class SimulatedDevice:
         for mark in after:
             self._wait("copy", mark)
         self.copied.append(int(source[0]))
-        self.queues["copy"].append(lambda: target.copy_(source))
+        self.queues["copy"].append(("do", lambda: target.copy_(source)))
         return self._record("copy")
 
     def reached(self):
@@ -51,20 +53,47 @@ class SimulatedDevice:
             if not bool((memory == index).all()):
                 self.wrong.append(index)
 
-        self.queues["compute"].append(read)
+        self.queues["compute"].append(("do", read))
 
     def run(self, choose):
         while any(self.queues.values()):
             ready = [name for name, queue in self.queues.items() if queue and not self._blocked(queue[0])]
-            assert ready, "both queues wait for each other"
-            step = self.queues[choose(ready)].pop(0)
-            if isinstance(step, tuple):
-                continue
-            step()
+            assert ready, "all queues wait for each other"
+            kind, what = self.queues[choose(ready)].pop(0)
+            if kind == "do":
+                what()
+            elif kind == "mark":
+                what.passed = True
+
+    @contextmanager
+    def recording(self):
+        """Inside, work goes into queues of its own, which a `repeat` runs."""
+        outside, self.queues = self.queues, {"copy": [], "compute": []}
+        try:
+            yield self.queues
+        finally:
+            self.queues = outside
+
+    def repeat(self, recorded):
+        """Queue recorded work: its copies in a queue of their own, as branches of a graph are, with new marks.
+
+        As CUDA does, it refuses marks from outside, and copies that do not leave the computing and come back to it.
+        """
+        own = [what for queue in recorded.values() for kind, what in queue if kind == "mark"]
+        waited = [what for queue in recorded.values() for kind, what in queue if kind == "wait"]
+        assert all(mark in own for mark in waited), "a mark from outside"
+        if recorded["copy"]:
+            assert recorded["copy"][0][0] == "wait", "copies do not wait for the beginning"
+            last = [what for kind, what in recorded["copy"] if kind == "mark"][-1]
+            assert ("wait", last) in recorded["compute"], "the computing does not wait for the last copy"
+        marks = {id(mark): Mark() for mark in own}
+        for name, queue in (("compute", recorded["compute"]), (f"branch {len(self.queues)}", recorded["copy"])):
+            again = [(kind, what if kind == "do" else marks[id(what)]) for kind, what in queue]
+            self.queues.setdefault(name, []).extend(again)
 
     def _record(self, name):
         mark = Mark()
-        self.queues[name].append(lambda: setattr(mark, "passed", True))
+        self.queues[name].append(("mark", mark))
         return mark
 
     def _wait(self, name, mark):
@@ -72,7 +101,8 @@ class SimulatedDevice:
 
     @staticmethod
     def _blocked(step):
-        return isinstance(step, tuple) and not step[1].passed
+        kind, what = step
+        return kind == "wait" and not what.passed
 
 
 class CopiesTooEarly(SimulatedDevice):
@@ -102,8 +132,8 @@ class FakeStation:
 
 
 POLICIES = {
-    "copies first": lambda ready: "copy" if "copy" in ready else "compute",
-    "computing first": lambda ready: "compute" if "compute" in ready else "copy",
+    "copies first": lambda ready: next((name for name in ready if name != "compute"), "compute"),
+    "computing first": lambda ready: "compute" if "compute" in ready else ready[0],
     **{f"random {seed}": random.Random(seed).choice for seed in range(4)},
 }
 
@@ -214,3 +244,98 @@ def test_a_buffer_is_not_larger_than_what_it_is_for():
 
 def test_ring():
     assert ring([2, 2, 2, 1, 1, 1], 4) == [(0, 2), (2, 4), (0, 2), (2, 3), (3, 4), (0, 1)]
+
+
+# recorded steps -------------------------------------------------------------------------------------------------------
+
+
+def step_of(device, carousel, stations):
+    for index in range(len(stations)):
+        carousel.arrive(index)
+        device.use(index, stations[index].memory)
+        carousel.depart(index)
+
+
+def opened(device, arrangement, sizes=SIZES):
+    """A carousel after its first step."""
+    stations = {index: FakeStation(index, size) for index, size in enumerate(sizes)}
+    carousel = Carousel(stations, arrangement, Cyclic(len(sizes)), device, StraightFeed(device))
+    step_of(device, carousel, stations)
+    return carousel, stations
+
+
+def record(device, carousel, stations):
+    recording = Recording(carousel)
+    with device.recording() as queues, recording.recorded():
+        step_of(device, carousel, stations)
+    return recording, queues
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+@pytest.mark.parametrize("resident", [(), (1, 4), (0, 6), (6,), range(7)])
+@pytest.mark.parametrize("sizes", [SIZES, (256,) * 6, (512, 256, 512, 256, 256)])
+def test_a_recorded_step_follows_itself_and_any_other(policy, slots, resident, sizes):
+    resident = frozenset(index for index in resident if index < len(sizes))
+    device, plan = SimulatedDevice(), random.Random(slots).choices(["repeat", "call by call"], k=8)
+    carousel, stations = opened(device, Arrangement(resident, slots), sizes)
+    recording, queues = record(device, carousel, stations)
+    for how in ("repeat", "repeat", *plan):
+        if how == "repeat":
+            assert recording.possible()
+            device.repeat(queues)
+            recording.repeated()
+        else:
+            step_of(device, carousel, stations)
+    device.run(POLICIES[policy])
+    assert not device.wrong
+
+
+@pytest.mark.parametrize(
+    ("slots", "copies"),
+    [
+        (1, [0, 1, 2, 3, 4, 5]),  # none can be fetched while the last block computes
+        (2, [1, 2, 3, 4, 5, 0]),
+        (4, [1, 4, 5, 0]),  # blocks 2 and 3 have places of their own
+        (5, [0, 5]),
+    ],
+)
+def test_a_recorded_step_copies_as_little_and_as_early_as_can_be(slots, copies):
+    device = SimulatedDevice()
+    carousel, stations = opened(device, Arrangement(frozenset(), slots), (256,) * 6)
+    device.copied.clear()
+    record(device, carousel, stations)
+    assert device.copied == copies
+
+
+def test_a_step_that_ended_early_makes_a_recorded_one_impossible():
+    device = SimulatedDevice()
+    carousel, stations = opened(device, Arrangement(frozenset(), 2), (256,) * 6)
+    recording, _ = record(device, carousel, stations)
+    for index in range(4):
+        carousel.arrive(index)
+        carousel.depart(index)
+    assert not recording.possible()
+    step_of(device, carousel, stations)
+    assert recording.possible()
+    carousel.close()
+    assert not recording.possible()
+
+
+def fail_in_the_middle(carousel):
+    for index in range(3):
+        carousel.arrive(index)
+        carousel.depart(index)
+    raise KeyboardInterrupt
+
+
+def test_a_recording_that_fails_changes_nothing():
+    device = SimulatedDevice()
+    carousel, stations = opened(device, Arrangement(frozenset(), 2))
+    recording = Recording(carousel)
+    with pytest.raises(KeyboardInterrupt), device.recording(), recording.recorded():
+        fail_in_the_middle(carousel)
+    recording, queues = record(device, carousel, stations)
+    device.repeat(queues)
+    device.run(POLICIES["copies first"])
+    assert not device.wrong

@@ -1,4 +1,4 @@
-"""Steps are captured where the transformer's weights stay through them, and what was captured goes before they do."""
+"""Steps are captured, copies of weights among them, and what was captured goes before the weights do."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from recorded_steps import Double
 
 ALL = 5  # blocks of the model
 FIRST = "call by call: the first step of its shapes since the model changed"
+ELSEWHERE = "weights are elsewhere than at the beginning of the captured step"
 IN_A_TURN = [FIRST, "captured", "replayed"]
 
 
@@ -82,20 +83,57 @@ def test_an_adapter_comes_and_changes_within_a_turn(graphed):
     assert steps(model, run(plain), 1) == ["replayed"]
 
 
-@pytest.mark.parametrize("placement", [Placement(ALL - 1, text="evicted"), Placement(0), Placement(ALL - 1)])
-def test_no_step_is_captured_while_any_block_moves(graphed, placement):
+COMING = (
+    Placement(ALL - 1, text="evicted"),
+    Placement(0),
+    Placement(2, slots=1),
+    Placement(0, slots=3),
+    Placement(ALL - 1),
+)
+
+
+@pytest.mark.parametrize("placement", COMING)
+def test_copies_are_captured_with_the_step(graphed, placement):
     model, expected = graphed
     placed(model, placement)
-    assert steps(model, expected) == ["call by call: the weights of blocks come and go"] * 3
+    assert steps(model, expected, 5) == [*IN_A_TURN, "replayed", "replayed"]
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model)
+    assert "autocast" in model.stepper.last
+    assert steps(model, expected) == ["replayed"] * 3, "what was fetched call by call serves the captured step"
 
 
-def test_captured_steps_are_dropped_when_blocks_begin_to_move(graphed):
+def test_a_step_that_failed_leaves_blocks_where_the_captured_one_does_not_expect_them(graphed):
+    model, expected = graphed
+    placed(model, Placement(0))
+    steps(model, expected)
+
+    def fail_at_third(step, state):
+        step(state)
+        if step.index == 2:
+            raise KeyboardInterrupt
+
+    plain, model.runner = model.runner, fail_at_third
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    model.runner = plain
+    assert steps(model, expected) == ["call by call: " + ELSEWHERE, "replayed", "replayed"]
+
+
+def test_no_step_is_captured_while_the_host_takes_part_in_its_copies(graphed):
+    model, expected = graphed
+    placed(model, Placement(ALL - 1, pinned=False))
+    host = "call by call: the host takes part in bringing the weights of blocks"
+    assert steps(model, expected) == [host] * 3
+
+
+def test_captured_steps_are_dropped_when_other_blocks_move(graphed):
     model, expected = graphed
     handle = placed(model, Placement(ALL, text="evicted"))
     steps(model, expected)
     handle = handle.rearranged(Placement(2, text="evicted"))
     assert not model.stepper._captured
-    assert "come and go" in steps(model, expected)[-1]
+    assert steps(model, expected) == IN_A_TURN
     handle.rearranged(Placement(ALL, text="evicted"))
     assert steps(model, expected) == IN_A_TURN
 
@@ -132,10 +170,13 @@ def test_pictures_of_captured_steps_are_the_same(one_thread):
 def test_the_plan_counts_what_captured_steps_keep(text):
     of = setting(known_subject(DEV), Job(), ("nf4", "nf4"), ("fp8", "bf16"), 0)
     blocks = len(of.weights.blocks)
-    captured, plain = (gpu_bytes(of, Placement(count, text=text)) for count in (blocks, blocks - 1))
+    placements = (Placement(blocks, text=text), Placement(9, text=text), Placement(9, text=text, pinned=False))
+    captured, streamed, plain = (gpu_bytes(of, placement) for placement in placements)
     name, inputs = "captured steps", 4608 * 128 * 2 * 4 + (512 * 4096 + 2 * 4096 * 64 + 344 * 3072) * 2
     kept = inputs + 35_000_000  # and a workspace of cuBLAS
     assert captured["denoise"][name] == kept
     for phase in ("text", "decode"):
         assert captured[phase].get(name, 0) == (0 if text != "resident" else kept + 378011648)
+    for phase, parts in captured.items():
+        assert streamed[phase].get(name, 0) == parts.get(name, 0)
     assert not any(name in parts for parts in plain.values())

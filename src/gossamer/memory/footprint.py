@@ -108,10 +108,10 @@ def gpu_bytes(of: Setting, placement: Placement) -> Phases:
 
 
 def _captured(of: Setting, placement: Placement) -> tuple[dict[str, int], int]:
-    """Steps are captured as CUDA graphs where no block moves meanwhile: what they keep beside a step's own tensors, and
-    the memory of those, which is the graphs' until the transformer leaves.
+    """Steps are captured as CUDA graphs unless the host takes part in copies: what they keep beside a step's own
+    tensors, and the memory of those, which is the graphs' until the transformer leaves.
     """
-    if placement.resident_blocks < len(of.weights.blocks):
+    if placement.resident_blocks < len(of.weights.blocks) and not placement.pinned:
         return {}, 0
     spec = of.subject.spec.transformer
     kept = {"captured steps": captured_bytes(spec, of.job, of.activations)}

@@ -6,12 +6,15 @@ its own bytes are there. Blocks that stay have memory of their own and are copie
 
     block i     arrive: its copy is waited for      compute      depart: the end of its use is marked
     copies      everything that the schedule expects, soonest first, as far as ranges are free of what comes sooner
+
+A step can be recorded with its copies, see `offload_recording`. What such a step finds on the device it leaves there
+at its end, so that it can follow itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +82,8 @@ class Carousel:
         self._memory: dict[int, torch.Tensor] = {}
         self._free_from: Mark = None
         self._held: dict[int, Held] = {}
+        self._last = max(stations, default=-1)
+        self._recorded = False
 
     @property
     def device_bytes(self) -> int:
@@ -90,11 +95,6 @@ class Carousel:
         """Of all blocks that do not stay; none where the buffer holds them all."""
         streamed = sum(self._sizes[index] for index in self._ranges)
         return 0 if streamed == self._arrangement.buffer_bytes(self._sizes) else streamed
-
-    @property
-    def stays(self) -> bool:
-        """Whether every block has memory of its own: one that has come is there, at its address, until all close."""
-        return not self._ranges
 
     # what the seam calls ----------------------------------------------------------------------------------------------
 
@@ -139,8 +139,69 @@ class Carousel:
             held.used = self._copier.reached()
         if next(self._expected(index), None) is None:
             self.close()
-        else:
+        elif not (self._recorded and index == self._last):
+            # a recorded step ends when all of its copies have, so one that cannot begin sooner is left to the next step
             self._prefetch(index)
+
+    # recorded steps ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has its memory."""
+        return bool(self._memory)
+
+    def obstacle(self) -> str | None:
+        """Why a recorded step cannot be repeated with its copies, or None."""
+        return self._feed.obstacle if self._ranges else None
+
+    def rest(self) -> frozenset[int]:
+        """Have work that is queued from now on begin after all copies so far; which blocks are there then."""
+        return frozenset(index for index in list(self._held) if self._waited_for(index))
+
+    @contextmanager
+    def recorded(self, before: frozenset[int]) -> Iterator[set[int]]:
+        """Inside, blocks arrive and depart in a step that is recorded, of which only `before` are there at first.
+
+        The set that it hands out has those in it, at the end, that are there then. Nothing has happened afterwards.
+        """
+        after: set[int] = set()
+        kept = self._held, self._free_from
+        self.have(before)
+        self._recorded = True
+        try:
+            yield after
+            after |= self.rest()
+        finally:
+            self._held, self._free_from = kept
+            self._recorded = False
+
+    def have(self, blocks: frozenset[int]) -> None:
+        """Take it that the bytes of these blocks, and of no others, are there when all that was queued is done."""
+        self._held = {index: Held(None) for index in blocks}
+        self._free_from = self._copier.reached()
+
+    def lasting(self) -> frozenset[int]:
+        """Blocks that are on the device at the end of any step in order once they were at its beginning.
+
+        Those in a range of their own, and those that are fetched while the last block of the step still computes.
+        """
+        alone = {index for index in self._stations if not any(map(self._overlaps(index), self._stations))}
+        ahead: list[int] = []
+        for expected in self._expected(self._last):
+            if any(map(self._overlaps(expected), (*ahead, self._last))) or expected == self._last:
+                break
+            ahead.append(expected)
+        return frozenset(alone.union(ahead))
+
+    def _overlaps(self, index: int) -> Callable[[int], bool]:
+        """Whether another block has bytes in the range of this one."""
+        start, stop = self._ranges.get(index, (0, 0))
+
+        def overlaps(other: int) -> bool:
+            first, last = self._ranges.get(other, (0, 0))
+            return other != index and first < stop and start < last
+
+        return overlaps
 
     # memory -----------------------------------------------------------------------------------------------------------
 
@@ -196,8 +257,4 @@ class Carousel:
 
     def _in_the_way(self, index: int) -> list[int]:
         """Blocks with bytes in the range of this one."""
-        if index not in self._ranges:
-            return []
-        start, stop = self._ranges[index]
-        ranges = ((other, self._ranges[other]) for other in self._held if other in self._ranges)
-        return [other for other, (first, last) in ranges if first < stop and start < last]
+        return list(filter(self._overlaps(index), self._held))

@@ -31,6 +31,10 @@ class Arrival(Protocol):
 class Feed(Protocol):
     """Begins copies of whole blocks, in the order of the calls."""
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why copies cannot be recorded, and repeated by the device alone, or None."""
+
     def start(self, home: Home, target: torch.Tensor, after: Sequence[Mark]) -> Arrival:
         """Begin to copy a home's bytes into device memory once `after` has passed."""
 
@@ -52,6 +56,8 @@ class Queued:
 
 class StraightFeed:
     """For pinned homes."""
+
+    obstacle = None
 
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
@@ -80,6 +86,8 @@ class Promised:
 
 class StagedFeed:
     """For bytes that a device does not read by itself."""
+
+    obstacle = "the host takes part in bringing the weights of blocks"
 
     def __init__(self, copier: Copier, device: torch.device, buffer_bytes: int = RING_BUFFER_BYTES) -> None:
         self._copier = copier

@@ -20,6 +20,7 @@ from gossamer.memory.offload_carousel import Arrangement, Carousel
 from gossamer.memory.offload_copier import Copier
 from gossamer.memory.offload_feed import Feed
 from gossamer.memory.offload_home import OpenFile
+from gossamer.memory.offload_recording import Recording
 from gossamer.memory.offload_schedule import Schedule
 from gossamer.memory.offload_station import Station
 from gossamer.models.flux.blocks import DoubleBlock, SingleBlock
@@ -72,11 +73,6 @@ class Part:
         """What a pass through all blocks copies, of those that do not stay."""
         return 0 if self._carousel is None else self._carousel.streamed_bytes
 
-    @property
-    def stay(self) -> bool:
-        """Whether weights that have come stay until the part closes or is arranged anew."""
-        return self._arranged().stays
-
     def go_home(self) -> None:
         """Put all bytes where copies start from."""
         for station in self._stations.values():
@@ -87,6 +83,14 @@ class Part:
         self.close()
         transport = self._transport
         self._carousel = Carousel(self._stations, arrangement, schedule, transport.copier, transport.feed)
+
+    def obstacle(self) -> str | None:
+        """Why a recorded step cannot be repeated with its copies, or None."""
+        return self._arranged().obstacle()
+
+    def recording(self) -> Recording:
+        """Of one step, and its copies."""
+        return Recording(self._arranged())
 
     def arrive(self, index: int) -> None:
         """Have a block's weights on the device."""

@@ -3,8 +3,11 @@
 A graph repeats kernels with the addresses that they had. So there is one for each set of shapes; inputs are copied into
 tensors of its own; and all graphs go when anything that kernels read moves: an adapter that comes or goes, a scale that
 becomes 0 or leaves it, a layer or parameter that is replaced, a model that is moved. A new scale alone is written into
-the memory that the graph reads. Weights that come from the host, and stay until their part's turn is over, are there
-after the first step; whoever ends the turn drops the graphs first, with `release`.
+the memory that the graph reads.
+
+Weights that come from the host come to the same places in every step. Copies from pinned memory are part of the graph,
+on a branch beside the kernels, and a graph begins with the blocks on the device that are there when it ends. Whoever
+takes the places away drops the graphs first, with `release`.
 
     first step of a shape      call by call: kernels are compiled, operands made
     second                     captured, then replayed
@@ -24,7 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from gossamer.kernels.operators import lasting, through_operator
-from gossamer.models.flux.seam import run_block
+from gossamer.models.flux.seam import Recording, run_block
 from gossamer.models.flux.snapshot import Snapshot
 from gossamer.models.flux.static_inputs import StaticInputs, shapes_of
 from gossamer.models.flux.step import StepInputs, run_step
@@ -50,9 +53,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A step on inputs that stay where they are."""
+    """A step on inputs that stay where they are, and the copies of weights in it."""
 
     inputs: StaticInputs
+    weights: Recording
     replay: Callable[[], torch.Tensor]
 
 
@@ -71,7 +75,7 @@ class GraphedSteps:
         """Run a step in the way that is possible."""
         why_not = self._obstacle(model, inputs)
         if why_not is not None:
-            if self._captured and not model.weights.stay:
+            if self._captured and model.weights.obstacle() is not None:
                 self.release()  # what graphs hold is memory that was to be saved
             return self._run(model, inputs, why_not)
         if self._snapshot is None or self._snapshot.differs(model):
@@ -100,19 +104,29 @@ class GraphedSteps:
         if captured is None:
             self._note("captured")
             captured = self._capture(shapes, model, inputs)
+        elif not captured.weights.possible():
+            return self._run(model, inputs, "weights are elsewhere than at the beginning of the captured step")
         else:
             self._note("replayed")
             self._captured.move_to_end(shapes)
             captured.inputs.load(inputs)
-        return captured.replay().clone()  # a later replay writes into the tensor itself
+        sample = captured.replay().clone()  # a later replay writes into the tensor itself
+        captured.weights.repeated()
+        return sample
 
     def _capture(self, shapes: Hashable, model: Any, inputs: StepInputs) -> Captured:
         while len(self._captured) >= KEPT:
             self._captured.popitem(last=False)
         with lasting():
             static = StaticInputs(inputs)
-        replay = self._backend.capture(lambda: run_step(model, static.inputs), inputs.image.device)
-        self._captured[shapes] = Captured(static, replay)
+        weights = model.weights.recording()
+
+        def step() -> torch.Tensor:
+            with weights.recorded():
+                return run_step(model, static.inputs)
+
+        replay = self._backend.capture(step, inputs.image.device)
+        self._captured[shapes] = Captured(static, weights, replay)
         return self._captured[shapes]
 
     def _warm_up(self, model: Any, inputs: StepInputs) -> torch.Tensor:
@@ -137,13 +151,11 @@ class GraphedSteps:
         """Why this step has to run call by call."""
         if model.runner is not run_block:
             return "something else than the plain loop runs the blocks"
-        if not model.weights.stay:
-            return "the weights of blocks come and go"
         if through_operator(inputs.image):
             return "gradients are recorded, or a compiler or tracer watches"
         if torch.is_autocast_enabled(inputs.image.device.type):
             return "autocast is on"
-        return self._backend.obstacle(inputs.image)
+        return model.weights.obstacle() or self._backend.obstacle(inputs.image)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedSteps:
         """A copy of a model captures its own."""

@@ -17,6 +17,7 @@ Blocks work in place: whoever wants to compare tokens before and after a block h
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -116,9 +117,11 @@ class Shared:
 class BlockWeights(Protocol):
     """Where the weights of blocks come from, each known by its index."""
 
-    @property
-    def stay(self) -> bool:
-        """Whether weights that have come move no more until the part as a whole leaves or is arranged anew."""
+    def obstacle(self) -> str | None:
+        """Why a recorded step cannot be repeated with the copies that bring weights in it, or None."""
+
+    def recording(self) -> Recording:
+        """Of one step; what the calling thread queues from now on begins after all copies so far."""
 
     def arrive(self, index: int) -> None:
         """Have the weights of a block on the device before anything that is queued from now on."""
@@ -127,10 +130,39 @@ class BlockWeights(Protocol):
         """All that reads the weights of the block has been queued."""
 
 
+class Recording(Protocol):
+    """The copies of one step that is recorded, to be repeated later without the host."""
+
+    def recorded(self) -> AbstractContextManager[None]:
+        """Inside, copies are recorded with the work that the calling thread queues; none of it happens yet."""
+
+    def possible(self) -> bool:
+        """Whether weights are now where the recorded step expects them; what is queued next finds them there."""
+
+    def repeated(self) -> None:
+        """The recorded step was queued once more."""
+
+
 class Resident:
     """The weights of all blocks are on the device at all times."""
 
-    stay = True
+    def obstacle(self) -> None:
+        """There are no copies."""
+
+    def recording(self) -> Resident:
+        """Nothing to record."""
+        return self
+
+    def recorded(self) -> AbstractContextManager[None]:
+        """Nothing is recorded."""
+        return nullcontext()
+
+    def possible(self) -> bool:
+        """They are there."""
+        return True
+
+    def repeated(self) -> None:
+        """They stay."""
 
     def arrive(self, index: int) -> None:
         """They are there."""
