@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gossamer.kernels import decode_geometry
-from gossamer.kernels.decode_geometry import STORED_ONLY, WITH_TERMS, Geometry
+from gossamer.kernels.decode_geometry import FEW_RANKS, STORED_ONLY, WITH_TERMS, Geometry
 from gossamer.kernels.decode_support import READABLE
 
 OUTPUTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -61,16 +61,31 @@ def plain_variants(storage: str) -> list[Geometry]:
 
 
 def term_variants(storage: str, rank: int) -> list[Geometry]:
-    """With terms: four lanes share a row, as in tensor cores."""
+    """With terms: lanes share rows as in tensor cores, or in a Hopper warpgroup for many ranks."""
     found = [WITH_TERMS]
     for run, kept in _term_runs(storage):
         cols = max(256, 16 * run << kept.bit_count())  # four lanes in four warps
-        first = Geometry(16, cols, 4, programs=6, run=run, kept=kept, down=8)
-        found += [replace(first, programs=programs, ahead=1) for programs in (4, 6)]
-        four = replace(first, rows=64, cols=cols // 4, programs=4, warpgroup=True)
-        found += [replace(four, programs=programs, ahead=1) for programs in (4, 3, 5, 8)]
-        found += [replace(four, registers=128, ahead=1), replace(four, registers=96, programs=5, ahead=1), four]
+        first = Geometry(16, cols, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
+        if rank <= FEW_RANKS:
+            found += [replace(first, programs=programs) for programs in (4, 6)]
+        else:
+            four = replace(first, rows=64, cols=cols // 4, warpgroup=True)
+            found += [four, replace(four, registers=128), replace(four, registers=96, programs=5)]
+    if rank <= FEW_RANKS:
+        for run, kept in _turned_runs(storage):
+            turned = Geometry(16, 32 * run << kept.bit_count(), 4, programs=4, run=run, kept=kept, down=4, ahead=1)
+            found += [turned, replace(turned, rows=8), replace(turned, programs=6), replace(turned, rows=8, programs=6)]
     return found
+
+
+def _turned_runs(storage: str) -> Sequence[tuple[int, int]]:
+    """Of eight lanes, each with two rows."""
+    family = READABLE[storage].family
+    if family == "k16":
+        return ((8, 64), (8, 0), (8, 96))
+    if family == "k32" and storage != "IQ4_XS":
+        return ((8, 32), (16, 32))
+    return ((16, 0), (8, 0))
 
 
 def _runs(storage: str) -> Sequence[tuple[int, int]]:
@@ -82,12 +97,12 @@ def _term_runs(storage: str) -> Sequence[tuple[int, int]]:
     """Of four lanes: what lets them look levels up, and read each byte once."""
     family = READABLE[storage].family
     if family == "k16":
-        return ((8, 64), (8, 96), (16, 96))
+        return ((8, 64), (8, 96))
     if family == "legacy" and storage != "IQ4_NL":
         return ((16, 16), (16, 0))
     if family == "k32" and storage != "IQ4_XS":
         return ((16, 32), (8, 32))
-    return ((16, 64), (16, 0), (32, 0)) if family == "four_bit" else ((16, 64), (16, 0))
+    return ((16, 64), (32, 0)) if family == "four_bit" else ((16, 64), (16, 0))
 
 
 def variants(case: Case) -> list[Geometry]:

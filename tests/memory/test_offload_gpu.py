@@ -24,6 +24,7 @@ from gossamer.memory.offload_turns import Guest
 from gossamer.memory.placement import Placement
 from gossamer.models.flux import FluxTransformer, prepare
 from gossamer.models.flux.modulation import Conditions, modulate
+from gossamer.models.flux.step import run_step
 from gossamer.models.swap import linear_layers, quantize
 
 pytestmark = pytest.mark.gpu
@@ -81,11 +82,33 @@ def test_streamed_is_resident_bit_for_bit(work, storage, wish, pinned, resident)
     for steps in (1, 5):
         assert torch.equal(run(model, work, steps), plain)
     attach(model, adapter, "style", 0.7)
+    model.stepper.tally.clear()
     assert torch.equal(run(model, work, 3), adapted)
+    assert model.stepper.tally["replayed"] == pinned, model.stepper.tally
     detach(model, "style")
     assert torch.equal(run(model, work), plain)
     handle.settle()
     assert torch.equal(run(model, work), plain)
+
+
+@pytest.mark.parametrize("placement", [Placement(0, slots=1), Placement(0), Placement(3, slots=3), Placement(10)])
+def test_captured_copies_follow_copies_call_by_call_and_the_other_way_round(work, placement):
+    model = built(work, "nf4", "bf16")
+    plain = run(model, work)
+    placement = replace(placement, text="evicted")
+    handle = offload({"transformer": model}, placement, CUDA)
+    for _ in range(4):
+        assert torch.equal(run(model, work, 4), plain)
+        assert model.stepper.last == "replayed"
+        model.stepper, graphed = run_step, model.stepper
+        for steps in (1, 2):
+            assert torch.equal(run(model, work, steps), plain)
+        model.stepper = graphed
+    assert graphed.tally["captured"] == 1, graphed.tally
+    handle.turns.take(None)
+    assert not graphed._captured
+    assert torch.equal(run(model, work, 4), plain)
+    handle.settle()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -221,7 +244,8 @@ def pools():
     return {each["segment_pool_id"] for each in torch.cuda.memory_snapshot()} - {(0, 0)}
 
 
-def test_steps_between_which_no_block_moves_are_replayed_and_leave_no_memory():
+@pytest.mark.parametrize("streamed", [0, 1, 3])
+def test_steps_are_replayed_in_every_turn_and_leave_no_memory(streamed):
     import gossamer
 
     others = pools()
@@ -230,7 +254,7 @@ def test_steps_between_which_no_block_moves_are_replayed_and_leave_no_memory():
     prompts = ("a red ball", "two green cones")
     expected = [list(pipe(prompt, **options).getdata()) for prompt in prompts]
     count = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    handle = offload(pipe.components, Placement(count, text="evicted"), CUDA)
+    handle = offload(pipe.components, Placement(count - streamed, text="evicted"), CUDA)
     tally = transformer.stepper.tally
     for prompt, picture in zip(prompts, expected, strict=True):
         tally.clear()

@@ -34,6 +34,8 @@ from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
 
 # rows of `up` that are in shared memory at a time: two barriers in so many rows
 _UP_ROWS = gl.constexpr(128)
+# lanes that have rows of their own where the product is that of the transposed factors
+TURNED = gl.constexpr(4)
 
 
 @constexpr_function
@@ -52,14 +54,19 @@ def _weights(rows: int, cols: int, run: int, kept: int, down: int, warps: int) -
     others = [bit for bit in range(low, bits) if bit not in own]
     across = _bits(32 // down)
     lanes, left = others[:across], others[across:]
-    # warps share the columns that are left, then rows; tensor cores have two rows a thread, eight apart
+    # warps share the columns that are left, then rows
     sharing, spare = left[: _bits(warps)], left[_bits(warps) :]
-    below = _bits(down) + (down == 8)
+    # tensor cores have two rows a thread: eight apart, or neighbours where the product is turned
+    pair = int(down == TURNED)
+    below = _bits(down) + (down >= TURNED)
     deep = range(below, below + _bits(warps) - len(sharing))
     columns = [[0, 1 << bit] for bit in sorted([*range(low), *own, *spare])]
+    beside = [[0, 1 << bit] for bit in lanes]
+    beneath = [[1 << bit, 0] for bit in range(pair, pair + _bits(down))]
+    taken = [*range(pair, pair + _bits(down)), *deep]
     return gl.DistributedLinearLayout(
-        columns + [[1 << bit, 0] for bit in range(_bits(down), _bits(rows)) if bit not in deep],
-        [[0, 1 << bit] for bit in lanes] + [[1 << bit, 0] for bit in range(_bits(down))],
+        columns + [[1 << bit, 0] for bit in range(_bits(rows)) if bit not in taken],
+        beneath + beside if pair else beside + beneath,
         [[0, 1 << bit] for bit in sharing] + [[1 << bit, 0] for bit in deep],
         [],
         [rows, cols],
@@ -73,6 +80,8 @@ def _matrix_order(rows: int, cols: int, run: int, kept: int, down: int, warps: i
     lanes = [_bits(basis[1]) for basis in layout.lane_bases if basis[1]]
     warp = [_bits(basis[1]) for basis in layout.warp_bases if basis[1]]
     registers = [_bits(basis[1]) for basis in layout.reg_bases if basis[1]]
+    if down == TURNED:
+        return (*lanes, registers[0], *warp, *registers[1:])
     return (registers[0], *lanes, *warp, *registers[1:])
 
 
@@ -101,11 +110,11 @@ def _reordered(tile: gl.tensor, ORDER: gl.constexpr, BACK: gl.constexpr) -> gl.t
 
 
 @constexpr_function
-def _product_layout(cols: int, warps: int, warpgroup: bool) -> gl.NVMMADistributedLayout:
+def _product_layout(cols: int, warps: int, down: int, warpgroup: bool) -> gl.NVMMADistributedLayout:
     """What a product leaves in which thread: all warps side by side, or those of a warpgroup one below the other."""
     if warpgroup:
         return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, cols, 16])
-    return gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8])
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1] if down == TURNED else [1, warps], [16, 8])
 
 
 @constexpr_function
@@ -117,18 +126,44 @@ def _shared(inner: int, warpgroup: bool) -> gl.SwizzledSharedLayout | gl.NVMMASh
     return gl.SwizzledSharedLayout(8, together, 8 // together, [1, 0])
 
 
+@constexpr_function
+def _ups_layout(ranks: int, warps: int) -> gl.BlockedLayout:
+    """Rows of `up` in long words."""
+    return gl.BlockedLayout([1, 8], [256 // ranks, ranks // 8], [warps, 1], [1, 0])
+
+
 @gluon.jit
-def _up(up: gl.tensor, begin: gl.tensor, rows: gl.tensor, ROWS: gl.constexpr, RANKS: gl.constexpr) -> gl.tensor:
-    """(ROWS, RANKS) of `up`."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // RANKS, RANKS // 8], [gl.num_warps(), 1], [1, 0])
+def _up(
+    up: gl.tensor,
+    units: gl.tensor,
+    powers: gl.tensor,
+    begin: gl.tensor,
+    rows: gl.tensor,
+    ROWS: gl.constexpr,
+    RANKS: gl.constexpr,
+) -> gl.tensor:
+    """(ROWS, RANKS) of `up`; with `powers` (RANKS,) float16, times these, in `units` of the rows.
+
+    What has no place in float16 then is 146 times as large as any weight of its row, and others cancel it: of such
+    a sum no rounding of factors leaves anything.
+    """
+    LAYOUT: gl.constexpr = _ups_layout(RANKS, gl.num_warps())
     pointer = row_starts(up, begin, rows, RANKS, ROWS)[:, None] + steps(RANKS)[None, :]
-    return gl.load(gl.set_auto_layout(pointer, LAYOUT))
+    value = gl.load(gl.set_auto_layout(pointer, LAYOUT))
+    if powers is None:
+        return value
+    else:
+        unit = gl.load(units + begin + tile_rows(begin, rows, ROWS))
+        quotient = value.to(gl.float32) * powers[None, :] * (1.0 / unit)[:, None]
+        return gl.minimum(gl.maximum(quotient, -65504.0), 65504.0).to(gl.float16)
 
 
 @gluon.jit
 def _keep_ups(
     kept: gl.shared_memory_descriptor,
     up: gl.tensor,
+    units: gl.tensor,
+    powers: gl.tensor,
     begin: gl.tensor,
     rows: gl.tensor,
     tile: gl.tensor,
@@ -137,7 +172,7 @@ def _keep_ups(
 ) -> None:
     """Before the first of some tiles, put the rows of `up` for all of them into shared memory."""
     if tile == 0:
-        kept.store(_up(up, begin, rows, _UP_ROWS, RANKS))
+        kept.store(_up(up, units, powers, begin, rows, _UP_ROWS, RANKS))
         if WARPGROUP:
             fence_async_shared()
         gl.thread_barrier()  # here, or every tile would have it
@@ -152,40 +187,66 @@ def _down(
     width: gl.tensor,
     COLS: gl.constexpr,
     RANKS: gl.constexpr,
-    ORDER: gl.constexpr,
     EVEN: gl.constexpr,
 ) -> gl.tensor:
-    """`rank_scale * down`, (RANKS, COLS), from rank `start` of all bands on; columns in the order of tensor cores."""
+    """`rank_scale * down`, (RANKS, COLS) of float32, from rank `start` of all bands on."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     index, again, col = start + steps(RANKS), start + steps(RANKS), first + steps(COLS)
     pointer = gl.set_auto_layout(down + index[:, None] * width + col[None, :], LAYOUT)
     factor = gl.load(pointer, mask=whole(first + steps(COLS), width, EVEN)[None, :], other=0.0)
-    scaled = (factor.to(gl.float32) * gl.load(rank_scale + again)[:, None]).to(factor.dtype)
-    return gl.convert_layout(_reordered(scaled, ORDER, False), LAYOUT)
+    return factor.to(gl.float32) * gl.load(rank_scale + again)[:, None]
+
+
+@gluon.jit
+def _powers(down: gl.tensor) -> gl.tensor:
+    """For each rank (row) the largest power of two that is not above its largest value; float32."""
+    largest = gl.max(gl.abs(down), 1).to(gl.int32, bitcast=True)
+    return gl.maximum(largest & 0x7F800000, 0x00800000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _keep_down(kept: gl.shared_memory_descriptor, down: gl.tensor, ORDER: gl.constexpr) -> None:
+    """Into shared memory, columns in the order of tensor cores."""
+    kept.store(gl.convert_layout(_reordered(down.to(kept.dtype), ORDER, False), down.type.layout))
+
+
+@gluon.jit
+def _turned(tile: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
+    """The transpose of `tile` where the product is turned."""
+    return gl.permute(tile, (1, 0)) if DOWN == TURNED else tile
+
+
+@gluon.jit
+def _kept_down(right: gl.shared_memory_descriptor, DOWN: gl.constexpr) -> gl.base_value:
+    """`down` in registers for the whole program where the product is turned, else in shared memory."""
+    if DOWN == TURNED:
+        MMA: gl.constexpr = _product_layout(right.shape[1], gl.num_warps(), DOWN, False)
+        gl.thread_barrier()
+        return right.permute((1, 0)).load(gl.DotOperandLayout(0, MMA, 2))
+    else:
+        return right
 
 
 @gluon.jit
 def _product(
     left: gl.shared_memory_descriptor,
-    right: gl.shared_memory_descriptor,
+    right: gl.base_value,
     tile: gl.tensor,
     ORDER: gl.constexpr,
     WEIGHTS: gl.constexpr,
+    DOWN: gl.constexpr,
     WARPGROUP: gl.constexpr,
 ) -> gl.tensor:
-    """left (ROWS, RANKS) @ right (RANKS, COLS), and `tile` if it is one, in the columns' stored order: float32."""
-    ROWS: gl.constexpr = left.shape[0]
-    COLS: gl.constexpr = right.shape[1]
-    MMA: gl.constexpr = _product_layout(COLS, gl.num_warps(), WARPGROUP)
-    if tile is None:
-        added = gl.zeros([ROWS, COLS], gl.float32, MMA)
-    else:
-        added = gl.convert_layout(_reordered(tile, ORDER, False), MMA)
+    """left (ROWS, RANKS) @ right (RANKS, COLS) and `tile`, in the columns' stored order; summed in the tile's type."""
+    MMA: gl.constexpr = _product_layout(tile.shape[1], gl.num_warps(), DOWN, WARPGROUP)
+    added = gl.convert_layout(_turned(_reordered(tile, ORDER, False), DOWN), MMA)
     if WARPGROUP:
-        added = warpgroup_mma(left, right, added, use_acc=tile is not None)
+        added = warpgroup_mma(left, right, added)
+    elif DOWN == TURNED:
+        added = mma_v2(right, left.permute((1, 0)).load(gl.DotOperandLayout(1, MMA, 2)), added)
     else:
         added = mma_v2(left.load(gl.DotOperandLayout(0, MMA, 2)), right.load(gl.DotOperandLayout(1, MMA, 2)), added)
-    return gl.convert_layout(_reordered(added, ORDER, True), WEIGHTS)
+    return gl.convert_layout(_reordered(_turned(added, DOWN), ORDER, True), WEIGHTS)
 
 
 @constexpr_function
@@ -220,7 +281,8 @@ def _fetch(
 def _lane_levels(levels: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
     """The table of `look_up`: lane n has entry n % 16."""
     ACROSS: gl.constexpr = 32 // DOWN
-    lane = steps(DOWN)[None, :, None, None, None] * ACROSS + steps(ACROSS)[None, None, None, :, None]
+    beneath, beside = steps(DOWN)[None, :, None, None, None], steps(ACROSS)[None, None, None, :, None]
+    lane = beneath + beside * DOWN if DOWN == TURNED else beneath * ACROSS + beside
     return gl.load(levels + (lane & 15))
 
 
@@ -269,21 +331,30 @@ def gluon_decode_kernel(
     band, begin, stop = band_place(gl.program_id(1), rows, band_rows, tiles_each * ROWS)
     table = levels if levels is None else _lane_levels(levels, DOWN)
     if up is not None:
-        gl.static_assert((DOWN == 8) & (not LATER_RANKS), "eight rows in the lanes of a warp, all ranks at once")
+        gl.static_assert((DOWN == 8) | (DOWN == TURNED), "as many rows in the lanes of a warp as tensor cores have")
+        gl.static_assert(not LATER_RANKS, "all ranks at once")
         ORDER: gl.constexpr = _matrix_order(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
         TILES: gl.constexpr = _UP_ROWS // ROWS
         UPS: gl.constexpr = _shared(RANKS, WARPGROUP)
-        ups = gl.allocate_shared_memory(up.dtype.element_ty, [TILES, ROWS, RANKS], UPS)
-        rows_of_ups = ups._reinterpret(up.dtype.element_ty, [_UP_ROWS, RANKS], UPS)
-        right = gl.allocate_shared_memory(down.dtype.element_ty, [RANKS, COLS], _shared(COLS, WARPGROUP))
-        right.store(_down(down, rank_scale, band * rank, first, width, COLS, RANKS, ORDER, EVEN))
+        FACTOR: gl.constexpr = gl.float16 if SHORT else up.dtype.element_ty
+        ups = gl.allocate_shared_memory(FACTOR, [TILES, ROWS, RANKS], UPS)
+        rows_of_ups = ups._reinterpret(FACTOR, [_UP_ROWS, RANKS], UPS)
+        scaled = _down(down, rank_scale, band * rank, first, width, COLS, RANKS, EVEN)
+        powers = None
+        if SHORT:
+            own = _powers(scaled)
+            scaled *= (1.0 / own)[:, None]
+            powers = gl.convert_layout(own, gl.SliceLayout(0, _ups_layout(RANKS, WARPS)))
+        right = gl.allocate_shared_memory(FACTOR, [RANKS, COLS], _shared(COLS, WARPGROUP))
+        _keep_down(right, scaled, ORDER)
+        kept_down = _kept_down(right, DOWN)
     for index in range(tiles_each):
         top = begin + index * ROWS
         if SPAN:
             _fetch(codes, gl.minimum(top + ROWS, stop - 1), stop, first, row_bytes, ROWS, COLS, SPAN)
         if up is not None:
-            _keep_ups(rows_of_ups, up, top, stop, index % TILES, RANKS, WARPGROUP)
-        if OUTPUT != "float":
+            _keep_ups(rows_of_ups, up, row_scale, powers, top, stop, index % TILES, RANKS, WARPGROUP)
+        if OUTPUT != "float" and not SHORT:
             unit = gl.load(row_scale + top + tile_rows(top, stop, ROWS))
         tile = base_tile(
             codes, scale, nested_scale, nested_offset, table, nested_levels, row_scale if SHORT else None,
@@ -291,8 +362,7 @@ def gluon_decode_kernel(
         )  # fmt: skip
         tile = gl.set_auto_layout(tile, WEIGHTS)
         if up is not None:
-            added = _product(ups.index(index % TILES), right, None if SHORT else tile, ORDER, WEIGHTS, WARPGROUP)
-            tile = gl.fma(added, (1.0 / unit)[:, None], tile.to(gl.float32)) if SHORT else added
+            tile = _product(ups.index(index % TILES), kept_down, tile, ORDER, WEIGHTS, DOWN, WARPGROUP)
         if OUTPUT != "float" and not SHORT:
             tile *= gl.div_rn(1.0, unit)[:, None]
         value = rounded(tile, out.dtype.element_ty, OUTPUT)
