@@ -61,21 +61,30 @@ def plain_variants(storage: str) -> list[Geometry]:
 
 
 def term_variants(storage: str, rank: int) -> list[Geometry]:
-    """With terms: lanes share rows as in tensor cores, or in a Hopper warpgroup for many ranks."""
+    """With terms: lanes share rows as in tensor cores, or in a Hopper warpgroup for many ranks.
+
+    Warps that lie one below the other share `down`, which every program brings at its beginning.
+    """
     found = [WITH_TERMS]
     for run, kept in _term_runs(storage):
         cols = max(256, 16 * run << kept.bit_count())  # four lanes in four warps
         first = Geometry(16, cols, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
         if rank <= FEW_RANKS:
-            found += [replace(first, programs=programs) for programs in (4, 6)]
+            found += _stacked(first)
         else:
-            four = replace(first, rows=64, cols=cols // 4, warpgroup=True)
-            found += [four, replace(four, registers=128), replace(four, registers=96, programs=5)]
+            four = replace(first, rows=64, cols=cols // 4, registers=128, warpgroup=True)
+            found += [four, replace(four, rows=128, warps=8, programs=2), replace(four, programs=3)]
     if rank <= FEW_RANKS:
         for run, kept in _turned_runs(storage):
             turned = Geometry(16, 32 * run << kept.bit_count(), 4, programs=4, run=run, kept=kept, down=4, ahead=1)
-            found += [turned, replace(turned, rows=8), replace(turned, programs=6), replace(turned, rows=8, programs=6)]
+            found += _stacked(turned)
     return found
+
+
+def _stacked(four: Geometry) -> list[Geometry]:
+    """As many warps on a multiprocessor in four programs, in two and in one; and half as many more."""
+    two, one = replace(four, rows=2 * four.rows, warps=8, programs=2), replace(four, rows=64, warps=16, programs=1)
+    return [four, two, one, replace(two, programs=3)]
 
 
 def _turned_runs(storage: str) -> Sequence[tuple[int, int]]:

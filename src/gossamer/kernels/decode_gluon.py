@@ -11,7 +11,7 @@ expect in that thread: 8 rows are spread over the lanes, four lanes share a row,
 `_matrix_order` states which column stands where.
 
 What binds it with terms is the load-store unit: a load or store takes as long as it touches rows, and each has eight.
-So both factors wait in shared memory, `down` for the whole program and `up` for _UP_ROWS rows, and a thread has as many
+So both factors wait in shared memory, `down` for the whole program and `up` for some tiles, and a thread has as many
 columns of a row as its registers allow. A Hopper warpgroup reads both factors there itself, once for 64 rows.
 
 Only the layout of the weights is stated; those of all loads follow from it backwards (Gluon's automatic layouts).
@@ -32,8 +32,6 @@ from triton.runtime.jit import constexpr_function
 from gossamer.kernels.decode_kernel import band_place, base_tile, in_halves, rounded
 from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
 
-# rows of `up` that are in shared memory at a time: two barriers in so many rows
-_UP_ROWS = gl.constexpr(128)
 # lanes that have rows of their own where the product is that of the transposed factors
 TURNED = gl.constexpr(4)
 
@@ -64,10 +62,11 @@ def _weights(rows: int, cols: int, run: int, kept: int, down: int, warps: int) -
     beside = [[0, 1 << bit] for bit in lanes]
     beneath = [[1 << bit, 0] for bit in range(pair, pair + _bits(down))]
     taken = [*range(pair, pair + _bits(down)), *deep]
+    abreast, stacked = [[0, 1 << bit] for bit in sharing], [[1 << bit, 0] for bit in deep]
     return gl.DistributedLinearLayout(
         columns + [[1 << bit, 0] for bit in range(_bits(rows)) if bit not in taken],
         beneath + beside if pair else beside + beneath,
-        [[0, 1 << bit] for bit in sharing] + [[1 << bit, 0] for bit in deep],
+        stacked + abreast if pair else abreast + stacked,
         [],
         [rows, cols],
     )
@@ -110,11 +109,19 @@ def _reordered(tile: gl.tensor, ORDER: gl.constexpr, BACK: gl.constexpr) -> gl.t
 
 
 @constexpr_function
-def _product_layout(cols: int, warps: int, down: int, warpgroup: bool) -> gl.NVMMADistributedLayout:
-    """What a product leaves in which thread: all warps side by side, or those of a warpgroup one below the other."""
+def _product_layout(weights: gl.DistributedLinearLayout, down: int, warpgroup: bool) -> gl.NVMMADistributedLayout:
+    """What a product leaves in which thread; warps lie as they do in `weights`."""
+    stacked = 1 << sum(1 for basis in weights.warp_bases if basis[0])
+    abreast = 1 << sum(1 for basis in weights.warp_bases if basis[1])
     if warpgroup:
-        return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, cols, 16])
-    return gl.NVMMADistributedLayout([2, 0], [warps, 1] if down == TURNED else [1, warps], [16, 8])
+        return gl.NVMMADistributedLayout([3, 0], [stacked, 1], [16, weights.shape[1], 16])
+    return gl.NVMMADistributedLayout([2, 0], [abreast, stacked] if down == TURNED else [stacked, abreast], [16, 8])
+
+
+@constexpr_function
+def _tiles_of_ups(rows: int, ranks: int) -> int:
+    """Tiles whose rows of `up` are in shared memory at a time: two barriers in so many."""
+    return max(1, min(8, (1 << 14) // (rows * ranks)))
 
 
 @constexpr_function
@@ -167,12 +174,11 @@ def _keep_ups(
     begin: gl.tensor,
     rows: gl.tensor,
     tile: gl.tensor,
-    RANKS: gl.constexpr,
     WARPGROUP: gl.constexpr,
 ) -> None:
     """Before the first of some tiles, put the rows of `up` for all of them into shared memory."""
     if tile == 0:
-        kept.store(_up(up, units, powers, begin, rows, _UP_ROWS, RANKS))
+        kept.store(_up(up, units, powers, begin, rows, kept.shape[0], kept.shape[1]))
         if WARPGROUP:
             fence_async_shared()
         gl.thread_barrier()  # here, or every tile would have it
@@ -217,10 +223,10 @@ def _turned(tile: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
-def _kept_down(right: gl.shared_memory_descriptor, DOWN: gl.constexpr) -> gl.base_value:
+def _kept_down(right: gl.shared_memory_descriptor, WEIGHTS: gl.constexpr, DOWN: gl.constexpr) -> gl.base_value:
     """`down` in registers for the whole program where the product is turned, else in shared memory."""
     if DOWN == TURNED:
-        MMA: gl.constexpr = _product_layout(right.shape[1], gl.num_warps(), DOWN, False)
+        MMA: gl.constexpr = _product_layout(WEIGHTS, DOWN, False)
         gl.thread_barrier()
         return right.permute((1, 0)).load(gl.DotOperandLayout(0, MMA, 2))
     else:
@@ -237,11 +243,19 @@ def _product(
     DOWN: gl.constexpr,
     WARPGROUP: gl.constexpr,
 ) -> gl.tensor:
-    """left (ROWS, RANKS) @ right (RANKS, COLS) and `tile`, in the columns' stored order; summed in the tile's type."""
-    MMA: gl.constexpr = _product_layout(tile.shape[1], gl.num_warps(), DOWN, WARPGROUP)
-    added = gl.convert_layout(_turned(_reordered(tile, ORDER, False), DOWN), MMA)
+    """left (ROWS, RANKS) @ right (RANKS, COLS), and `tile` if it is one, in the columns' stored order.
+
+    Summed in the tile's type, else in float32.
+    """
+    MMA: gl.constexpr = _product_layout(WEIGHTS, DOWN, WARPGROUP)
+    if tile is None:
+        ROWS: gl.constexpr = left.shape[0]
+        COLS: gl.constexpr = right.shape[1]
+        added = gl.zeros([ROWS, COLS], gl.float32, MMA)
+    else:
+        added = gl.convert_layout(_turned(_reordered(tile, ORDER, False), DOWN), MMA)
     if WARPGROUP:
-        added = warpgroup_mma(left, right, added)
+        added = warpgroup_mma(left, right, added, use_acc=tile is not None)
     elif DOWN == TURNED:
         added = mma_v2(right, left.permute((1, 0)).load(gl.DotOperandLayout(1, MMA, 2)), added)
     else:
@@ -334,27 +348,28 @@ def gluon_decode_kernel(
         gl.static_assert((DOWN == 8) | (DOWN == TURNED), "as many rows in the lanes of a warp as tensor cores have")
         gl.static_assert(not LATER_RANKS, "all ranks at once")
         ORDER: gl.constexpr = _matrix_order(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
-        TILES: gl.constexpr = _UP_ROWS // ROWS
+        TILES: gl.constexpr = _tiles_of_ups(ROWS, RANKS)
         UPS: gl.constexpr = _shared(RANKS, WARPGROUP)
-        FACTOR: gl.constexpr = gl.float16 if SHORT else up.dtype.element_ty
+        HALVES: gl.constexpr = SHORT and not WARPGROUP  # to bring many ranks to units takes longer than their sums
+        FACTOR: gl.constexpr = gl.float16 if HALVES else up.dtype.element_ty
         ups = gl.allocate_shared_memory(FACTOR, [TILES, ROWS, RANKS], UPS)
-        rows_of_ups = ups._reinterpret(FACTOR, [_UP_ROWS, RANKS], UPS)
+        rows_of_ups = ups._reinterpret(FACTOR, [TILES * ROWS, RANKS], UPS)
         scaled = _down(down, rank_scale, band * rank, first, width, COLS, RANKS, EVEN)
         powers = None
-        if SHORT:
+        if HALVES:
             own = _powers(scaled)
             scaled *= (1.0 / own)[:, None]
             powers = gl.convert_layout(own, gl.SliceLayout(0, _ups_layout(RANKS, WARPS)))
         right = gl.allocate_shared_memory(FACTOR, [RANKS, COLS], _shared(COLS, WARPGROUP))
         _keep_down(right, scaled, ORDER)
-        kept_down = _kept_down(right, DOWN)
+        kept_down = _kept_down(right, WEIGHTS, DOWN)
     for index in range(tiles_each):
         top = begin + index * ROWS
         if SPAN:
             _fetch(codes, gl.minimum(top + ROWS, stop - 1), stop, first, row_bytes, ROWS, COLS, SPAN)
         if up is not None:
-            _keep_ups(rows_of_ups, up, row_scale, powers, top, stop, index % TILES, RANKS, WARPGROUP)
-        if OUTPUT != "float" and not SHORT:
+            _keep_ups(rows_of_ups, up, row_scale, powers, top, stop, index % TILES, WARPGROUP)
+        if OUTPUT != "float":
             unit = gl.load(row_scale + top + tile_rows(top, stop, ROWS))
         tile = base_tile(
             codes, scale, nested_scale, nested_offset, table, nested_levels, row_scale if SHORT else None,
@@ -362,7 +377,9 @@ def gluon_decode_kernel(
         )  # fmt: skip
         tile = gl.set_auto_layout(tile, WEIGHTS)
         if up is not None:
-            tile = _product(ups.index(index % TILES), kept_down, tile, ORDER, WEIGHTS, DOWN, WARPGROUP)
+            begun = tile if HALVES or not SHORT else None
+            added = _product(ups.index(index % TILES), kept_down, begun, ORDER, WEIGHTS, DOWN, WARPGROUP)
+            tile = gl.fma(added, (1.0 / unit)[:, None], tile.to(gl.float32)) if begun is None else added
         if OUTPUT != "float" and not SHORT:
             tile *= gl.div_rn(1.0, unit)[:, None]
         value = rounded(tile, out.dtype.element_ty, OUTPUT)
