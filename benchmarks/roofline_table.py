@@ -116,7 +116,6 @@ def efficiency_table() -> str:
         ["modulation", f"{found.modulation:.3f}", "bandwidth", source],
         *([f"decoding as {name}", f"{share:.3f}", "bandwidth", source] for name, share in found.decode.items()),
         ["host to GPU", f"{found.bus:.3f}", "bus", measured["bus_source"]],
-        ["hidden badly while streaming", f"{found.overlap:.3f}", "the shorter", measured["streamed_source"]],
         ["step over its kernels", f"{found.overhead:.3f}", "time", source],
         ["VAE convolutions", f"{found.convolutions:.3f}", "peak in 16 bits", "assumed"],
     ]

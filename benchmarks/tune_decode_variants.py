@@ -70,31 +70,23 @@ def term_variants(storage: str, rank: int) -> list[Geometry]:
         cols = max(256, 16 * run << kept.bit_count())  # four lanes in four warps
         first = Geometry(16, cols, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
         if rank <= FEW_RANKS:
-            found += _stacked(first)
+            found += [first, replace(first, rows=32, warps=8, programs=2)]
         else:
             four = replace(first, rows=64, cols=cols // 4, registers=128, warpgroup=True)
-            found += [four, replace(four, rows=128, warps=8, programs=2), replace(four, programs=3)]
+            found += [four, replace(four, programs=3)]
     if rank <= FEW_RANKS:
         for run, kept in _turned_runs(storage):
             turned = Geometry(16, 32 * run << kept.bit_count(), 4, programs=4, run=run, kept=kept, down=4, ahead=1)
-            found += _stacked(turned)
+            found += [turned, replace(turned, rows=32, warps=8, programs=2)]
     return found
-
-
-def _stacked(four: Geometry) -> list[Geometry]:
-    """As many warps on a multiprocessor in four programs, in two and in one; and half as many more."""
-    two, one = replace(four, rows=2 * four.rows, warps=8, programs=2), replace(four, rows=64, warps=16, programs=1)
-    return [four, two, one, replace(two, programs=3)]
 
 
 def _turned_runs(storage: str) -> Sequence[tuple[int, int]]:
     """Of eight lanes, each with two rows."""
     family = READABLE[storage].family
     if family == "k16":
-        return ((8, 64), (8, 0), (8, 96))
-    if family == "k32" and storage != "IQ4_XS":
-        return ((8, 32), (16, 32))
-    return ((16, 0), (8, 0))
+        return ((8, 64),)
+    return ((8, 32),) if family == "k32" and storage != "IQ4_XS" else ((16, 0),)
 
 
 def _runs(storage: str) -> Sequence[tuple[int, int]]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gossamer.layers.stored import Slot
 from gossamer.memory.offload_carousel import Arrangement, Carousel
 from gossamer.memory.offload_feed import StraightFeed
 from gossamer.memory.offload_home import Pinned
-from gossamer.memory.offload_layout import ring
+from gossamer.memory.offload_layout import lasting, overlap, ring
 from gossamer.memory.offload_recording import Recording
 from gossamer.memory.offload_schedule import Cyclic, Once
+from gossamer.memory.offload_timeline import step_with_copies
 
 SIZES = (512, 512, 512, 256, 256, 256, 256)
 
@@ -202,7 +206,7 @@ def test_copies_run_ahead_of_the_computing():
 def test_smaller_blocks_are_fetched_further_ahead():
     device = SimulatedDevice()
     drive(device, [range(3)], Arrangement(frozenset(), 2), Cyclic(7))
-    assert device.copied == list(range(7)), "in the place of two large blocks there is room for four small ones"
+    assert device.copied == list(range(6)), "in the place of two large blocks there is room for three small ones"
 
 
 def test_resident_blocks_are_copied_once():
@@ -243,7 +247,63 @@ def test_a_buffer_is_not_larger_than_what_it_is_for():
 
 
 def test_ring():
-    assert ring([2, 2, 2, 1, 1, 1], 4) == [(0, 2), (2, 4), (0, 2), (2, 3), (3, 4), (0, 1)]
+    assert ring([2, 2, 2, 1, 1, 1], 5) == [(0, 2), (2, 4), (0, 2), (2, 3), (3, 4), (4, 5)]
+    assert ring([2, 2, 2, 1, 1, 1], 9) == [(0, 2), (2, 4), (4, 6), (6, 7), (7, 8), (8, 9)]
+    assert ring([], 0) == []
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(0, 60))
+def test_every_ring_fits_and_lets_the_next_step_begin(sizes, more):
+    capacity = max(sizes) + more
+    ranges = ring(sizes, capacity)
+    assert [stop - start for start, stop in ranges] == sizes
+    assert max(stop for _, stop in ranges) <= capacity
+    laps = [list(lap) for lap in laps_of(ranges)]
+    assert all(lap[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(lap)) for lap in laps)
+    ahead = lasting(dict(enumerate(ranges)))
+    assert not any(overlap(ranges[one], ranges[other]) for one in ahead for other in ahead if one != other)
+    assert not any(overlap(ranges[one], ranges[-1]) for one in ahead - {len(sizes) - 1})
+
+
+def laps_of(ranges):
+    lap = []
+    for each in ranges:
+        if each[0] == 0 and lap:
+            yield lap
+            lap = []
+        lap.append(each)
+    yield lap
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+@pytest.mark.parametrize("resident", [(), (2,), (0, 6), range(7)])
+def test_a_step_takes_as_long_as_its_timeline_says(slots, resident):
+    """The simulated device with a clock: a second each for a block of 256 bytes to copy, and for any to compute."""
+    arrangement = Arrangement(frozenset(resident), slots)
+    device = SimulatedDevice()
+    carousel, stations = opened(device, arrangement)
+    device.copied.clear()
+    _, queues = record(device, carousel, stations)
+    assert ending(queues, [SIZES[index] for index in device.copied]) == pytest.approx(
+        step_with_copies(SIZES, arrangement, 256.0, 1.0 * len(SIZES))
+    )
+
+
+def ending(recorded, copied):
+    """The second at which a recorded step ends: each queue as early as its marks allow."""
+    passed, now, copies = {}, dict.fromkeys(recorded, 0.0), iter(copied)
+    left = {name: list(queue) for name, queue in recorded.items()}
+    while any(left.values()):
+        for name, queue in left.items():
+            while queue and not (queue[0][0] == "wait" and id(queue[0][1]) not in passed):
+                kind, what = queue.pop(0)
+                if kind == "wait":
+                    now[name] = max(now[name], passed[id(what)])
+                elif kind == "mark":
+                    passed[id(what)] = now[name]
+                else:
+                    now[name] += next(copies) / 256 if name == "copy" else 1.0
+    return now["compute"]
 
 
 # recorded steps -------------------------------------------------------------------------------------------------------
@@ -296,8 +356,8 @@ def test_a_recorded_step_follows_itself_and_any_other(policy, slots, resident, s
     [
         (1, [0, 1, 2, 3, 4, 5]),  # none can be fetched while the last block computes
         (2, [1, 2, 3, 4, 5, 0]),
-        (4, [1, 4, 5, 0]),  # blocks 2 and 3 have places of their own
-        (5, [0, 5]),
+        (4, [2, 3, 4, 5, 0, 1]),
+        (6, []),
     ],
 )
 def test_a_recorded_step_copies_as_little_and_as_early_as_can_be(slots, copies):

@@ -86,12 +86,11 @@ def test_a_streamed_encoder_holds_two_layers(own, name):
     tokens = torch.arange(6)[None]
     with torch.no_grad():
         expected = encoder(tokens)[0]
-        handle = offload({name: encoder}, Placement(0, slots=1, text="streamed"), CPU)
+        handle = offload({name: encoder}, Placement(0, slots=5, text="streamed"), CPU)
         assert torch.equal(encoder(tokens)[0], expected)
         assert torch.equal(encoder(tokens)[0], expected)
     sizes = [station.nbytes for station in handle.parts[name]._stations.values()]
-    assert len(sizes) == 2
-    assert handle.device_bytes[name] == max(sizes)
+    assert handle.device_bytes[name] == sum(sorted(sizes)[-2:])
     assert handle.parts[name]._carousel._memory == {}, "nothing stays behind the last layer"
     handle.settle()
 

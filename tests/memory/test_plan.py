@@ -15,6 +15,7 @@ from gossamer.memory.diffusers_names import OFFLOADS, find_offload
 from gossamer.memory.efficiency import factors, read_measured
 from gossamer.memory.footprint import gpu_bytes, host_bytes, setting
 from gossamer.memory.model_specs import DEV
+from gossamer.memory.offload_carousel import Arrangement
 from gossamer.memory.picture import Job
 from gossamer.memory.placement import Placement, spread
 from gossamer.memory.plan import AS_FAST, plan
@@ -78,8 +79,8 @@ def test_more_resident_blocks_are_never_slower_and_only_take_more(count, storage
     blocks = of.weights.blocks
 
     def seconds(resident: int) -> float:
-        streamed = sum(size for index, size in enumerate(blocks) if index not in spread(57, resident))
-        return streamed_seconds(machine, computing, streamed, pinned=True)
+        arrangement = Arrangement(spread(57, resident), 2)
+        return streamed_seconds(machine, computing, blocks, arrangement, pinned=True)
 
     def held(resident: int) -> int:
         return sum(gpu_bytes(of, Placement(resident, text=text))["denoise"].values())

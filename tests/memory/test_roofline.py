@@ -11,6 +11,7 @@ from gossamer.memory.cards import find_card
 from gossamer.memory.efficiency import JOB, MEASURED, factors, modulated_bytes, read_measured
 from gossamer.memory.model_cost import transformer_bytes
 from gossamer.memory.model_specs import FLUX_DEV
+from gossamer.memory.offload_carousel import Arrangement
 from gossamer.memory.picture import Job
 from gossamer.memory.roofline import Machine, attention_seconds, prepass_seconds, step_seconds, streamed_seconds
 
@@ -43,15 +44,22 @@ def test_factors_are_shares_and_lie_within_what_was_measured():
     assert found.bus * card.bus == pytest.approx(55e9)
 
 
-def test_streaming():
-    found = factors(read_measured())
-    machine = Machine(find_card("H200"), found, "fp8", "bf16", "cudnn")
-    blocks = sum(transformer_bytes(FLUX_DEV, "nf4").blocks)
-    assert streamed_seconds(machine, 0.0906, blocks, pinned=True) == pytest.approx(0.0996, rel=1e-3)
-    assert streamed_seconds(machine, 0.0906, 0, pinned=True) == 0.0906
-    slow = streamed_seconds(machine, 0.1, 55e9, pinned=True)
-    assert 1.0 <= slow <= 1.1
-    assert streamed_seconds(machine, 0.1, 55e9, pinned=False) > slow
+def test_streaming_takes_as_long_as_it_did():
+    """On one H200, 4-bit block weights from pinned memory in two slots: 99.6 ms, and 90.6 with all of them there."""
+    machine = Machine(find_card("H200"), factors(read_measured()), "fp8", "bf16", "cudnn")
+    blocks = transformer_bytes(FLUX_DEV, "nf4").blocks
+    two = Arrangement(frozenset(), 2)
+    assert streamed_seconds(machine, 0.0906, blocks, two, pinned=True) == pytest.approx(0.0996, rel=0.05)
+    assert streamed_seconds(machine, 0.0906, blocks, Arrangement(frozenset(range(57)), 2), pinned=True) == 0.0906
+
+
+def test_a_slow_bus_or_disk_is_waited_for():
+    machine = Machine(find_card("H200"), factors(read_measured()), "fp8", "bf16", "cudnn")
+    blocks = [1_000_000_000] * 55
+    two = Arrangement(frozenset(), 2)
+    pinned, mapped = (streamed_seconds(machine, 0.1, blocks, two, each) for each in (True, False))
+    assert 1.0 <= pinned <= 1.02
+    assert mapped == pytest.approx(55e9 / 3e9, rel=0.02)
 
 
 def test_more_work_takes_longer():

@@ -259,6 +259,17 @@ def test_a_layer_without_kernels_keeps_them_away(twins, make_inputs):
 
 
 @torch.inference_mode()
+def test_a_compiled_block_keeps_them_away(twins, make_inputs):
+    models, inputs = twins(), make_inputs(twins()[0].config)
+    assert run(models, inputs)[-1] == REPLAYED
+    models[0].transformer_blocks[0].compile(backend="eager")
+    done = run(models, inputs)
+    assert done[0].startswith("call by call: the first step")
+    assert done[1:] == ["call by call: 'transformer_blocks.0' is compiled"] * 2
+    torch.compiler.reset()
+
+
+@torch.inference_mode()
 def test_autocast_keeps_them_away(twins, make_inputs):
     models = twins()
     with torch.autocast("cpu", torch.bfloat16):

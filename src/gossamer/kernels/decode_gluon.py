@@ -11,7 +11,7 @@ expect in that thread: 8 rows are spread over the lanes, four lanes share a row,
 `_matrix_order` states which column stands where.
 
 What binds it with terms is the load-store unit: a load or store takes as long as it touches rows, and each has eight.
-So both factors wait in shared memory, `down` for the whole program and `up` for some tiles, and a thread has as many
+So both factors wait in shared memory, `down` for the whole program and `up` for _UP_ROWS rows, and a thread has as many
 columns of a row as its registers allow. A Hopper warpgroup reads both factors there itself, once for 64 rows.
 
 Only the layout of the weights is stated; those of all loads follow from it backwards (Gluon's automatic layouts).
@@ -32,6 +32,8 @@ from triton.runtime.jit import constexpr_function
 from gossamer.kernels.decode_kernel import band_place, base_tile, in_halves, rounded
 from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
 
+# rows of `up` that are in shared memory at a time: two barriers in so many rows
+_UP_ROWS = gl.constexpr(128)
 # lanes that have rows of their own where the product is that of the transposed factors
 TURNED = gl.constexpr(4)
 
@@ -116,12 +118,6 @@ def _product_layout(weights: gl.DistributedLinearLayout, down: int, warpgroup: b
     if warpgroup:
         return gl.NVMMADistributedLayout([3, 0], [stacked, 1], [16, weights.shape[1], 16])
     return gl.NVMMADistributedLayout([2, 0], [abreast, stacked] if down == TURNED else [stacked, abreast], [16, 8])
-
-
-@constexpr_function
-def _tiles_of_ups(rows: int, ranks: int) -> int:
-    """Tiles whose rows of `up` are in shared memory at a time: two barriers in so many."""
-    return max(1, min(8, (1 << 14) // (rows * ranks)))
 
 
 @constexpr_function
@@ -348,12 +344,12 @@ def gluon_decode_kernel(
         gl.static_assert((DOWN == 8) | (DOWN == TURNED), "as many rows in the lanes of a warp as tensor cores have")
         gl.static_assert(not LATER_RANKS, "all ranks at once")
         ORDER: gl.constexpr = _matrix_order(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
-        TILES: gl.constexpr = _tiles_of_ups(ROWS, RANKS)
+        TILES: gl.constexpr = _UP_ROWS // ROWS
         UPS: gl.constexpr = _shared(RANKS, WARPGROUP)
         HALVES: gl.constexpr = SHORT and not WARPGROUP  # to bring many ranks to units takes longer than their sums
         FACTOR: gl.constexpr = gl.float16 if HALVES else up.dtype.element_ty
         ups = gl.allocate_shared_memory(FACTOR, [TILES, ROWS, RANKS], UPS)
-        rows_of_ups = ups._reinterpret(FACTOR, [TILES * ROWS, RANKS], UPS)
+        rows_of_ups = ups._reinterpret(FACTOR, [_UP_ROWS, RANKS], UPS)
         scaled = _down(down, rank_scale, band * rank, first, width, COLS, RANKS, EVEN)
         powers = None
         if HALVES:

@@ -57,10 +57,7 @@ class LowRankCost:
 
 @dataclass(frozen=True)
 class Factors:
-    """Shares of peaks; `decode` and `low_rank` by family. `overhead` is a step's time over that of its kernels.
-
-    `overlap` is the share of the shorter of computing and copying that does not hide behind the longer.
-    """
+    """Shares of peaks; `decode` and `low_rank` by family. `overhead` is a step's time over that of its kernels."""
 
     products: Mapping[str, float]
     attention: Mapping[str, float]
@@ -70,7 +67,6 @@ class Factors:
     low_rank: Mapping[str, LowRankCost]
     overhead: float
     bus: float
-    overlap: float
     convolutions: float
     sources: tuple[str, ...]
 
@@ -129,7 +125,6 @@ def factors(measured: Mapping[str, Any]) -> Factors:
         low_rank=_low_rank(steps, overhead, decode, card),
         overhead=overhead,
         bus=bus,
-        overlap=_overlap(measured, card.bus * bus),
         convolutions=ASSUMED["convolutions"],
         sources=tuple(measured[name] for name in measured if name.endswith("source")),
     )
@@ -175,11 +170,3 @@ def _low_rank(
         slope = (found[64] - found[16]) / 48 if 64 in found else costs["nf4"].per_rank
         costs[timed] = LowRankCost(found[16] - 16 * slope, slope)
     return costs
-
-
-def _overlap(measured: Mapping[str, Any], bus: float) -> float:
-    trial = measured["streamed"]
-    copying = sum(transformer_bytes(FLUX_DEV, trial["storage"]).blocks) / bus * 1000
-    computing = trial["resident_ms"]
-    lost: float = (trial["streamed_ms"] - max(computing, copying)) / min(computing, copying)
-    return max(0.0, lost)

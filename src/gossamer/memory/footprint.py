@@ -29,7 +29,7 @@ from gossamer.memory.model_cost import EncoderBytes, TransformerBytes, clip_byte
 from gossamer.memory.offload_carousel import Arrangement
 from gossamer.memory.offload_feed import RING_BUFFER_BYTES, RING_BUFFERS
 from gossamer.memory.picture import Job
-from gossamer.memory.placement import Placement, spread
+from gossamer.memory.placement import LAYER_SLOTS, Placement, spread
 from gossamer.memory.subject import Subject
 
 Phases = Mapping[str, Mapping[str, int]]
@@ -99,7 +99,7 @@ def gpu_bytes(of: Setting, placement: Placement) -> Phases:
     if placement.text == "evicted":
         encoders = max(of.t5.total, of.clip.total)
     else:
-        encoders = max(placement.slots * each.layer + each.rest for each in (of.t5, of.clip))
+        encoders = max(LAYER_SLOTS * each.layer + each.rest for each in (of.t5, of.clip))
     return {
         "text": {"text encoders": encoders, **reading, **always},
         "denoise": {**transformer, **step, **always},
@@ -135,7 +135,7 @@ def _step(of: Setting, placement: Placement) -> dict[str, int]:
     """Modulation linears pass through slots of their own in the pre-pass; they are gone before the first block."""
     spec, job = of.subject.spec.transformer, of.job
     vectors = vectors_bytes(spec, job, of.activations, job.steps)
-    passing = min(placement.slots * of.weights.largest_modulation, of.weights.modulation)
+    passing = min(LAYER_SLOTS * of.weights.largest_modulation, of.weights.modulation)
     prepass = {"modulation": passing, "activations": vectors} if placement.modulation == "prepass" else {}
     step = {"activations": step_bytes(spec, job, of.activations, of.compute) + vectors}
     return prepass if sum(prepass.values()) > sum(step.values()) else step

@@ -45,7 +45,7 @@ from gossamer.memory.offload_part import (
 from gossamer.memory.offload_schedule import Cyclic, Once
 from gossamer.memory.offload_strips import StripDecoder
 from gossamer.memory.offload_turns import HOST, Guest, Turns
-from gossamer.memory.placement import Placement, spread
+from gossamer.memory.placement import LAYER_SLOTS, Placement, spread
 from gossamer.models.flux.graph import GraphedSteps
 from gossamer.models.flux.prepare import forget_groups, join_groups
 from gossamer.models.flux.seam import Resident
@@ -220,16 +220,16 @@ def _arrange(models: Models, placement: Placement, parts: Mapping[str, Part]) ->
         arrange_blocks(parts[TRANSFORMER], placement, block_count(models[TRANSFORMER]))
     if MODULATION in parts:
         count = len(modulation_linears(models[TRANSFORMER]))
-        _arrange_modules(parts[MODULATION], count, placement, placement.modulation == "resident")
+        _arrange_modules(parts[MODULATION], count, placement.modulation == "resident")
     for name in TEXT_ENCODERS:
         if name in parts:
-            _arrange_modules(parts[name], len(layer_list(models[name])), placement, placement.text == "evicted")
+            _arrange_modules(parts[name], len(layer_list(models[name])), placement.text == "evicted")
 
 
-def _arrange_modules(part: Part, count: int, placement: Placement, stay: bool) -> None:
+def _arrange_modules(part: Part, count: int, stay: bool) -> None:
     """Each module's weights come when it is called: to stay until the part leaves, or to go when it has run."""
     resident = frozenset(range(count)) if stay else frozenset[int]()
-    part.arrange(Arrangement(resident, placement.slots), Cyclic(count) if stay else Once(count))
+    part.arrange(Arrangement(resident, LAYER_SLOTS), Cyclic(count) if stay else Once(count))
 
 
 def _ask(models: Models, parts: Mapping[str, Part]) -> list[RemovableHandle]:

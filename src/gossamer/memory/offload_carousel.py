@@ -13,7 +13,7 @@ at its end, so that it can follow itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ import torch
 from gossamer.errors import GossamerError
 from gossamer.memory.offload_copier import Copier, Mark
 from gossamer.memory.offload_feed import Arrival, Feed
-from gossamer.memory.offload_layout import ring
+from gossamer.memory.offload_layout import Range, lasting, overlap, ring
 from gossamer.memory.offload_schedule import Schedule
 from gossamer.memory.offload_station import Station
 
@@ -43,7 +43,7 @@ class Arrangement:
         """Of the buffer and of the blocks that stay."""
         return self.buffer_bytes(sizes) + sum(size for index, size in sizes.items() if index in self.resident)
 
-    def ranges(self, sizes: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+    def ranges(self, sizes: Mapping[int, int]) -> dict[int, Range]:
         """Where in the buffer each block that does not stay has its bytes."""
         streamed = {index: size for index, size in sizes.items() if index not in self.resident}
         return dict(zip(streamed, ring(list(streamed.values()), self.buffer_bytes(sizes)), strict=True))
@@ -82,7 +82,7 @@ class Carousel:
         self._memory: dict[int, torch.Tensor] = {}
         self._free_from: Mark = None
         self._held: dict[int, Held] = {}
-        self._last = max(stations, default=-1)
+        self.lasting = lasting(self._ranges) | (self._stations.keys() - self._ranges.keys())
         self._recorded = False
 
     @property
@@ -139,8 +139,7 @@ class Carousel:
             held.used = self._copier.reached()
         if next(self._expected(index), None) is None:
             self.close()
-        elif not (self._recorded and index == self._last):
-            # a recorded step ends when all of its copies have, so one that cannot begin sooner is left to the next step
+        else:
             self._prefetch(index)
 
     # recorded steps ---------------------------------------------------------------------------------------------------
@@ -180,29 +179,6 @@ class Carousel:
         self._held = {index: Held(None) for index in blocks}
         self._free_from = self._copier.reached()
 
-    def lasting(self) -> frozenset[int]:
-        """Blocks that are on the device at the end of any step in order once they were at its beginning.
-
-        Those in a range of their own, and those that are fetched while the last block of the step still computes.
-        """
-        alone = {index for index in self._stations if not any(map(self._overlaps(index), self._stations))}
-        ahead: list[int] = []
-        for expected in self._expected(self._last):
-            if any(map(self._overlaps(expected), (*ahead, self._last))) or expected == self._last:
-                break
-            ahead.append(expected)
-        return frozenset(alone.union(ahead))
-
-    def _overlaps(self, index: int) -> Callable[[int], bool]:
-        """Whether another block has bytes in the range of this one."""
-        start, stop = self._ranges.get(index, (0, 0))
-
-        def overlaps(other: int) -> bool:
-            first, last = self._ranges.get(other, (0, 0))
-            return other != index and first < stop and start < last
-
-        return overlaps
-
     # memory -----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -241,6 +217,9 @@ class Carousel:
         sooner: set[int] = set()
         for expected in self._expected(index):
             if expected not in self._held:
+                # a recorded step ends when all of its copies have: what could only begin at its end is left to the next
+                if self._recorded and expected <= index and expected not in self.lasting:
+                    return
                 if any(other in sooner or self._held[other].in_use for other in self._in_the_way(expected)):
                     return
                 self._start(expected)
@@ -257,4 +236,5 @@ class Carousel:
 
     def _in_the_way(self, index: int) -> list[int]:
         """Blocks with bytes in the range of this one."""
-        return list(filter(self._overlaps(index), self._held))
+        place = self._ranges.get(index, (0, 0))
+        return [other for other in self._held if overlap(place, self._ranges.get(other, (0, 0)))]

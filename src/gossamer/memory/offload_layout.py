@@ -2,13 +2,14 @@
 
 groups    weights that run as one product lie side by side, role by role, where their format can be joined
 offsets   whatever else begins at a multiple of ALIGNMENT bytes, as decode kernels and products like it
-ring      each block has one range of a buffer for good, the next one beginning where the one before it ends
+ring      each block has one range of a buffer for good
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import cast
 
 import torch
@@ -86,14 +87,53 @@ def aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def ring(sizes: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """(start, stop) of each block in a buffer: one behind the other, again from the front where the end is reached."""
-    ranges, position = [], 0
+Range = tuple[int, int]  # start and stop, in bytes
+
+
+def ring(sizes: Sequence[int], capacity: int) -> list[Range]:
+    """Where in a buffer each block lies: one behind the other in laps, each from the front.
+
+    Laps are about equally long. So the last blocks of a step lie near the end of the buffer, and the first ones of the
+    next step can come to its front while the last ones are still used.
+    """
+    whole = sum(sizes)
+    for laps in count(max(1, -(-whole // max(1, capacity)))):
+        ranges = _in_laps(sizes, laps)
+        if max((stop for _, stop in ranges), default=0) <= capacity:
+            return ranges
+    raise AssertionError("unreachable: with enough laps each block has one to itself")
+
+
+def _in_laps(sizes: Sequence[int], laps: int) -> list[Range]:
+    """A block belongs to the lap that its middle is in."""
+    ranges: list[Range] = []
+    before = position = lap = 0
     for size in sizes:
-        position = 0 if position + size > capacity else position
+        own = (2 * before + size) * laps // (2 * sum(sizes))
+        position, lap = (position, lap) if own == lap else (0, own)
         ranges.append((position, position + size))
-        position += size
+        before, position = before + size, position + size
     return ranges
+
+
+def overlap(one: Range, other: Range) -> bool:
+    """Whether two ranges have bytes in common."""
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def lasting(ranges: Mapping[int, Range]) -> frozenset[int]:
+    """Blocks that are in their ranges at the end of any step in order once they were there at its beginning.
+
+    Those in a range of their own, and the first ones as far as they can come while the last one is still used.
+    """
+    order = list(ranges)
+    alone = {index for index in order if sum(overlap(ranges[index], other) for other in ranges.values()) == 1}
+    ahead: list[int] = []
+    for index in order[:-1]:
+        if any(overlap(ranges[index], ranges[other]) for other in (*ahead, order[-1])):
+            break
+        ahead.append(index)
+    return frozenset(alone.union(ahead))
 
 
 Run = list[tuple[StoredWeight, str]]

@@ -21,7 +21,7 @@ class Recording:
 
     def __init__(self, carousel: Carousel) -> None:
         self._carousel = carousel
-        self._before = carousel.rest() & carousel.lasting()
+        self._before = carousel.rest() & carousel.lasting
         self._after = self._before
 
     @contextmanager

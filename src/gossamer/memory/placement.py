@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LAYER_SLOTS = 2  # for layers of text encoders, and linears of the modulation
+
 TextPlacement = Literal["resident", "evicted", "streamed"]
 VaePlacement = Literal["whole", "tiled"]
 ModulationPlacement = Literal["prepass", "resident"]
@@ -14,8 +16,9 @@ ModulationPlacement = Literal["prepass", "resident"]
 class Placement:
     """Where each part is while a pipeline runs.
 
-    `resident_blocks` of the transformer's blocks stay on the GPU (`spread` says which); the others come into one of
-    `slots` buffers, from page-locked host memory, or from the mapped file where they are not `pinned`.
+    `resident_blocks` of the transformer's blocks stay on the GPU (`spread` says which); the others come into a buffer
+    for `slots` of the largest, from page-locked host memory, or from the mapped file where they are not `pinned`. What
+    else comes one by one has room for two.
 
     Text encoders stay (`resident`), or come whole when they run and leave (`evicted`), or come layer by layer
     (`streamed`). In the last two cases they and the transformer take turns, and are never there together. The VAE

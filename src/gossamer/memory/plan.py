@@ -1,7 +1,7 @@
 """The planner: from a model, a card and budgets to a ranked list of ways to run it. A pure function; nothing is loaded.
 
-    candidates   every storage format x text storage x text placement x VAE placement, with as many blocks resident as
-                 fit, and with all and with none
+    candidates   every storage format x text storage x text placement x VAE placement, with all blocks resident, with
+                 none, and with as many, beside as large a buffer for the others, as make a step fastest
     chosen       of those that fit, the most faithful one that is at most 5 % slower than the fastest
 
 Predictions are good to some ten per cent at best, so a difference of 5 % is no reason for coarser weights.
@@ -23,6 +23,8 @@ from gossamer.memory.efficiency import Factors, factors, read_measured
 from gossamer.memory.footprint import Setting, gpu_bytes, host_bytes, setting
 from gossamer.memory.model_cost import t5_linears
 from gossamer.memory.no_plan import no_plan
+from gossamer.memory.offload_carousel import Arrangement
+from gossamer.memory.offload_timeline import slots_worth_trying
 from gossamer.memory.placement import Placement, TextPlacement, VaePlacement, spread
 from gossamer.memory.reasons import explained, notes, refused_always
 from gossamer.memory.request import Plan, Planning, PlanRequest, Refused
@@ -231,10 +233,12 @@ def _pinned(request: PlanRequest, choice: Choice) -> tuple[bool, ...]:
 
 
 def _placements(way: _Way, base: Placement, offload: Offload) -> Iterator[Placement]:
-    """All blocks resident, none, and as many as fit, as far as the offload allows."""
-    whole = _peak(way, replace(base, resident_blocks=way.blocks)) <= way.request.budget.gpu_free
-    for count in dict.fromkeys((way.blocks, 0) if whole else (way.blocks, _most_resident(way, base), 0)):
-        placement = replace(base, resident_blocks=count)
+    """All blocks resident, none in the smallest buffer and in the fastest, and the fastest of all that fit."""
+    whole = replace(base, resident_blocks=way.blocks)
+    none = (base, _fastest(way, [[base], *([each] for each in _buffers(way, base) if _fits(way, each))]))
+    some = () if _fits(way, whole) else (_fastest(way, _fitting(way, base)),)
+    for placement in dict.fromkeys((whole, *some, *none)):
+        count = placement.resident_blocks
         if offload.allows(placement, way.blocks) and (placement.pinned or count < way.blocks):
             yield placement
             # a last resort: what the pre-pass needs on the host is more than there is
@@ -242,16 +246,46 @@ def _placements(way: _Way, base: Placement, offload: Offload) -> Iterator[Placem
                 yield replace(placement, modulation="resident")
 
 
-def _most_resident(way: _Way, base: Placement) -> int:
-    """The most blocks that fit on the GPU beside two slots for the others; bytes grow with every block."""
-    low, high = 0, way.blocks - 1
+def _buffers(way: _Way, base: Placement) -> list[Placement]:
+    """With every number of slots that makes a difference, fitting or not."""
+    return [replace(base, slots=slots) for slots in slots_worth_trying(way.setting.weights.blocks)]
+
+
+def _fitting(way: _Way, base: Placement) -> Iterator[list[Placement]]:
+    """For each number of slots the placements that fit, most resident blocks first; `base` where nothing fits."""
+    for buffer in _buffers(way, base):
+        most = _most_resident(way, buffer)
+        yield [replace(buffer, resident_blocks=count) for count in range(most, -1, -1)] or [base]
+
+
+def _fastest(way: _Way, groups: Iterable[Sequence[Placement]]) -> Placement:
+    """The first of the fastest. In a group every placement moves more bytes than the one before it."""
+    best_seconds, fastest = math.inf, None
+    for group in groups:
+        for placement in group:
+            if fastest is not None and _least_step(way, placement) >= best_seconds:
+                break
+            seconds = _step(way, placement)
+            if seconds < best_seconds:
+                best_seconds, fastest = seconds, placement
+    assert fastest is not None
+    return fastest
+
+
+def _most_resident(way: _Way, buffer: Placement) -> int:
+    """The most blocks that fit on the GPU beside the slots for the others, -1 where none do; bytes grow with each."""
+    low, high = -1, way.blocks - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if _peak(way, replace(base, resident_blocks=middle)) <= way.request.budget.gpu_free:
+        if _fits(way, replace(buffer, resident_blocks=middle)):
             low = middle
         else:
             high = middle - 1
     return low
+
+
+def _fits(way: _Way, placement: Placement) -> bool:
+    return _peak(way, placement) <= way.request.budget.gpu_free
 
 
 def _peak(way: _Way, placement: Placement) -> int:
@@ -291,14 +325,27 @@ def _plan(way: _Way, placement: Placement) -> Plan:
     )
 
 
+def _step(way: _Way, placement: Placement) -> float:
+    """Seconds of a step."""
+    blocks = way.setting.weights.blocks
+    arrangement = Arrangement(spread(len(blocks), placement.resident_blocks), placement.slots)
+    return streamed_seconds(way.machine, way.computing, blocks, arrangement, placement.pinned)
+
+
+def _least_step(way: _Way, placement: Placement) -> float:
+    """What a step takes at least: its computing, or its copies."""
+    blocks = way.setting.weights.blocks
+    resident = spread(len(blocks), placement.resident_blocks)
+    streamed = sum(size for index, size in enumerate(blocks) if index not in resident)
+    return max(way.computing, streamed / way.machine.bus)
+
+
 def _seconds(way: _Way, placement: Placement) -> tuple[float, float]:
     """A step, and everything from the prompt to the first pictures, all weights on the host to begin with."""
     request, of, machine = way.request, way.setting, way.machine
     spec, job = request.subject.spec, request.job
     blocks = of.weights.blocks
-    resident = spread(len(blocks), placement.resident_blocks)
-    streamed = sum(size for index, size in enumerate(blocks) if index not in resident)
-    step = streamed_seconds(machine, way.computing, streamed, placement.pinned)
+    step = _step(way, placement)
     moved = of.text_total + sum(blocks) + of.weights.rest  # once, wherever they stay afterwards
     total = text_seconds(machine, spec.t5, job, _t5_weights(of), moved)
     total += prepass_seconds(machine, spec.transformer, of.weights, placement.modulation == "resident")

@@ -1,14 +1,14 @@
 """Seconds of a step and of a whole picture on a card that need not be there.
 
-    step      = max(computing, copying) + overlap x min(computing, copying)
+    step      = computing, or what `offload_timeline` makes of it where blocks are not resident
     computing = (linears / rate + attention / rate + pointwise bytes / bandwidth + decoded bytes / bandwidth) x overhead
-    copying   = bytes of the blocks that are not resident / bus
 
 Every rate is the card's peak times a factor of `efficiency`. Loading from disk is not counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gossamer.errors import InvalidOptionError
@@ -17,6 +17,8 @@ from gossamer.memory.card import Card
 from gossamer.memory.efficiency import Factors, family
 from gossamer.memory.model_cost import TransformerBytes
 from gossamer.memory.model_specs import T5Spec, VaeSpec
+from gossamer.memory.offload_carousel import Arrangement
+from gossamer.memory.offload_timeline import step_with_copies
 from gossamer.memory.picture import Job
 from gossamer.memory.placement import VaePlacement
 from gossamer.memory.work import (
@@ -94,11 +96,12 @@ def _decode_seconds(machine: Machine, weights: TransformerBytes, storage: str, r
     return alone * (1 + (terms.fixed + terms.per_rank * rank if rank else 0.0))
 
 
-def streamed_seconds(machine: Machine, computing: float, copied_bytes: float, pinned: bool) -> float:
-    """Of a step whose weights come from the host, or from a mapped file, while others are computed with."""
+def streamed_seconds(
+    machine: Machine, computing: float, sizes: Sequence[int], arrangement: Arrangement, pinned: bool
+) -> float:
+    """Of a step some of whose blocks, of `sizes` bytes, come from the host or from a mapped file meanwhile."""
     rate = machine.bus if pinned else min(machine.bus, DISK_BYTES_A_SECOND)
-    copying = copied_bytes / rate
-    return max(computing, copying) + machine.factors.overlap * min(computing, copying)
+    return step_with_copies(tuple(sizes), arrangement, rate, computing)
 
 
 def prepass_seconds(machine: Machine, spec: FluxSpec, weights: TransformerBytes, resident: bool = False) -> float:

@@ -31,8 +31,8 @@ class Snapshot:
         self._structure = -1 if self._terms is None else self._terms.structure
         self._operators = model.operators
         # bytes of stored weights are counted where they move
-        holders = [vars(module) for _, module in named if not isinstance(module, StoredWeight)]
-        self._parts = [holder[part] for holder in holders for part in PARTS]
+        self._holders = [vars(module) for _, module in named if not isinstance(module, StoredWeight)]
+        self._parts = [holder[part] for holder in self._holders for part in PARTS]
         self._held = self._objects()  # alive, so that no other object gets the place of one
 
     def differs(self, model: Any) -> bool:
@@ -48,7 +48,8 @@ class Snapshot:
                 self._terms.refresh()
 
     def _objects(self) -> list[Any]:
-        return [value for part in self._parts for value in part.values()]
+        compiled = [holder.get("_compiled_call_impl") for holder in self._holders]
+        return [*compiled, *(value for part in self._parts for value in part.values())]
 
 
 def _obstacle(model: Any, named: Sequence[tuple[str, nn.Module]], executions: int) -> str | None:
@@ -60,6 +61,8 @@ def _obstacle(model: Any, named: Sequence[tuple[str, nn.Module]], executions: in
             return f"{name!r} has hooks"
         if isinstance(module, QuantLinear) and module.execution is None:
             return f"{name!r} runs without kernels"
+        if module._compiled_call_impl is not None:
+            return f"{name or 'the model'!r} is compiled"
         if "forward" in vars(module):
             return f"the forward of {name or 'the model'!r} was replaced"
     return None
