@@ -5,7 +5,7 @@ The numbers come from `benchmarks/tune_decode.py` on an H200, on all linears of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -48,14 +48,25 @@ ROW_SCALE_WITH_TERMS = Geometry(64, 128, 8, registers=128)
 FEW_RANKS = 32
 # further columns of a thread, so that it reads each byte of codes once; 64 apart where bytes are not shared
 _KEPT = {"k16": 96, "k32": 32, "legacy": 16}
+# to fp8 with terms, formats whose product is turned: loads touch half as many rows, and `down` is in registers
+_TURNED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "Q2_K", "Q6_K", "Q8_0", "IQ4_NL")
+# to two bytes without terms, formats that gain from the layouts of `decode_gluon`
+_TO_HALVES = {
+    "Q3_K": Geometry(8, 1024, 4, run=8, kept=96, down=1),
+    "Q6_K": Geometry(8, 512, 4, run=8, kept=96, down=2),
+    "Q4_K": Geometry(8, 512, 4, run=8, kept=32, down=1),
+    "Q5_K": Geometry(8, 512, 4, run=8, kept=32, down=1),
+    "IQ4_NL": Geometry(8, 512, 4, run=16),
+    "IQ4_XS": Geometry(8, 512, 4, run=16),
+}
 
 
 @cache
 def chosen_geometry(storage: str, dtype: torch.dtype, rank: int, hopper: bool = False) -> Geometry:
     """The geometry from Ampere on, for low-rank factors of 16 bits; 0 ranks stand for none. Measured by `tune_decode`.
 
-    Two-byte outputs without terms are bound by what they write, whatever the layout. With many ranks, `down` is read
-    from shared memory once for 16 rows; Hopper's warpgroups read it once for 64.
+    Most two-byte outputs without terms are bound by what they write, whatever the layout. With many ranks, `down` is
+    read from shared memory once for 16 rows; Hopper's warpgroups read it once for 64.
     """
     family, to_fp8 = READABLE[storage].family, dtype == torch.float8_e4m3fn
     if rank == 0:
@@ -70,7 +81,7 @@ def chosen_geometry(storage: str, dtype: torch.dtype, rank: int, hopper: bool = 
 def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
     """Without terms, a thread writes up to 16 bytes at a time and reads no code twice: fields share their bytes."""
     if dtype.itemsize > 1 or family == "plain":
-        return STORED_ONLY
+        return _TO_HALVES.get(storage, STORED_ONLY)
     if storage == "Q3_K":
         return Geometry(8, 1024, 4, run=16, kept=96, down=2)
     if family == "k16":
@@ -83,15 +94,25 @@ def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
 def gluon_terms(storage: str, dtype: torch.dtype) -> Geometry:
     """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side."""
     family = READABLE[storage].family
+    if dtype == torch.float8_e4m3fn and storage in _TURNED:
+        run, kept = (8, 64) if family == "k16" else (16, 0)
+        return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=4, ahead=1)
     if dtype == torch.float8_e4m3fn:
-        run, kept = 8 if family == "k16" else 16, 64 if storage.startswith("IQ4") else _KEPT.get(family, 64)
+        run, kept = _own_columns(storage)
         return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
     kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
     return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)
 
 
+def _own_columns(storage: str) -> tuple[int, int]:
+    """Of a thread with terms to fp8, where four lanes share a row: neighbours, and the bits of further ones."""
+    family = READABLE[storage].family
+    return 8 if family == "k16" else 16, 64 if storage.startswith("IQ4") else _KEPT.get(family, 64)
+
+
 def warpgroup_terms(storage: str) -> Geometry:
-    """The geometry of `decode_gluon` to fp8 for up to 64 ranks on Hopper: the same columns a thread, warps stacked."""
-    few = gluon_terms(storage, torch.float8_e4m3fn)
-    return replace(few, rows=64, cols=few.cols // few.warps, registers=128, warpgroup=True)
+    """The geometry of `decode_gluon` to fp8 for up to 64 ranks on Hopper: warps lie one below the other."""
+    run, kept = _own_columns(storage)
+    cols = 4 * run << kept.bit_count()
+    return Geometry(64, cols, 4, programs=4, registers=128, run=run, kept=kept, down=8, ahead=1, warpgroup=True)
