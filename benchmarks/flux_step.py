@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--list", action="store_true", help="print all row names")
     made.add_argument("--quick", action="store_true", help="three small blocks on the CPU, to try the benchmark itself")
     made.add_argument("--one-process", action="store_true", help="measure all models in this process")
-    made.add_argument("--steps", type=int, default=Repeats.timed, help="timed steps a row")
+    made.add_argument("--steps", type=int, default=20, help="timed steps a row")
     made.add_argument("--warmup", type=int, default=Repeats.warmup, help="untimed steps after the first")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
     made.add_argument("--resume", type=Path, help="a record of the same machine and versions; its rows are kept")
