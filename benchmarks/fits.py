@@ -14,7 +14,7 @@ Parts are built once and placed anew for each row. Rows of diffusers are steps o
     peak_bytes            most that tensors took, all parts together    predicted_peak_bytes      the plan's word for it
     reserved_bytes        most that the allocator took                  limit_bytes               what it was capped at
     driver_bytes          what the driver counts for the device, less what it counted before this process took any
-    step_seconds          mean of all steps but the first               predicted_step_seconds
+    step_seconds          mean from the third step on                   predicted_step_seconds
     picture_seconds       prompt to pixels                              host_bytes   resident memory at the end
     bus_seconds           streamed bytes of a step at the rate of a plain copy from pinned memory, measured here
     prepass_seconds       modulation of a run of 28 steps, weights from the host; in rows named `free` only

@@ -16,9 +16,6 @@ class Double:
     def obstacle(self, tensor):
         return None
 
-    def rehearse(self, work, device):
-        return work().clone()
-
     def capture(self, work, device):
         self.captures += 1
         out = torch.empty_like(work())

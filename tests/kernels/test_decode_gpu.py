@@ -42,15 +42,25 @@ def measured_scale(packed: Packed, dtype: torch.dtype, width: int, terms: Stacke
     return row_scale
 
 
-def assert_half_a_step(out: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor, packed: Packed) -> None:
-    """fp8 codes are the nearest ones but for what float16 adds to the stored weight.
+def assert_half_a_step(
+    out: torch.Tensor,
+    row_scale: torch.Tensor,
+    weight: torch.Tensor,
+    packed: Packed,
+    terms: StackedTerms | None = None,
+) -> None:
+    """fp8 codes are the nearest ones but for what float16 adds to the stored weight, to terms and to their sum.
 
-    Half a step is 2^-4 of the value among normal codes and 2^-10 units among subnormal ones. float16 rounds thrice,
-    each time by 2^-11 at most; where a minimum is added, both summands are larger than their sum.
+    Half a step is 2^-4 of the value among normal codes and 2^-10 units among subnormal ones. float16 rounds the stored
+    weight thrice, each time by 2^-11 at most, `up` once and the sum as often as tensor cores take up ranks; where a
+    minimum is added, both summands are larger than their sum.
     """
     units, stored = row_scale.cpu()[:, None], effective_weight(packed, weight.shape[1])
     allowed = torch.maximum(weight.abs() / 16, units / 1024) * 1.001 + stored.abs() * 2**-9
     allowed += units / 2 if packed.format in WITH_MINIMUM else 0
+    if terms is not None:
+        parts = terms.up.abs().float() @ (terms.down.float() * terms.scale[:, None]).abs()
+        allowed += parts.cpu() * 2**-10 * (1 + len(terms.scale) // 16)
     assert ((out.float().cpu() * units - weight).abs() <= allowed).all()
 
 
@@ -142,7 +152,21 @@ def test_fp8_with_terms_is_within_half_a_step_in_every_geometry(storage, ranks):
     for geometry in geometries(storage, terms.up.shape[1]):
         out = poisoned(140, 768, torch.float8_e4m3fn)
         decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
-        assert_half_a_step(out, row_scale, weight, packed)
+        assert_half_a_step(out, row_scale, weight, packed, terms)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 1e-3, 1e4])
+@pytest.mark.parametrize("storage", ["nf4", "Q4_K", "int8"])
+def test_fp8_does_not_depend_on_which_factor_is_large(storage, factor):
+    skip_without_fp8()
+    packed, terms = packed_on_cpu(storage, 140, 768), terms_on_gpu(140, 768, 16)
+    terms = StackedTerms(terms.up * factor, terms.down / factor, terms.scale, terms.ranks)
+    row_scale = measured_scale(packed, torch.float8_e4m3fn, 768, terms)
+    weight = effective_weight(packed, 768, on_cpu(terms))
+    for geometry in geometries(storage, terms.up.shape[1]):
+        out = poisoned(140, 768, torch.float8_e4m3fn)
+        decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
+        assert_half_a_step(out, row_scale, weight, packed, terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -191,12 +191,13 @@ def _down(
     RANKS: gl.constexpr,
     EVEN: gl.constexpr,
 ) -> gl.tensor:
-    """`rank_scale * down`, (RANKS, COLS) of float32, from rank `start` of all bands on."""
+    """`rank_scale * down`, (RANKS, COLS) as float32, rounded to the type of `down`, from rank `start` on."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     index, again, col = start + steps(RANKS), start + steps(RANKS), first + steps(COLS)
     pointer = gl.set_auto_layout(down + index[:, None] * width + col[None, :], LAYOUT)
     factor = gl.load(pointer, mask=whole(first + steps(COLS), width, EVEN)[None, :], other=0.0)
-    return factor.to(gl.float32) * gl.load(rank_scale + again)[:, None]
+    scaled = factor.to(gl.float32) * gl.load(rank_scale + again)[:, None]
+    return scaled.to(factor.dtype).to(gl.float32)
 
 
 @gluon.jit

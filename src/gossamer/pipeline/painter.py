@@ -280,8 +280,10 @@ def _require_finite(pixels: np.ndarray[Any, Any], recipe: Recipe) -> None:
 
 
 class _StepClock:
-    """Listens to the end of each step: reports it, takes the time between the first end and the last, and has whatever
-    changes over the steps change before the next one begins.
+    """Listens to the end of each step: reports it, takes the time between two ends, and has whatever changes over the
+    steps change before the next one begins.
+
+    The first step compiles kernels and the second may be captured, so time is taken from the end of the second on.
     """
 
     def __init__(self, steps: int, on_step: OnStep | None, device: torch.device) -> None:
@@ -289,11 +291,12 @@ class _StepClock:
         self._on_step = on_step
         self._device = device
         self._ends: list[float] = []
+        self._first = min(2, max(1, steps - 1))
         self.before_step: Callable[[int], None] | None = None
 
     def after_step(self, pipeline: object, step: int, timestep: object, tensors: object) -> dict[str, Any]:
         # the host runs ahead of a GPU; waiting at both ends only makes the time between them right, and costs nothing
-        if self._device.type == "cuda" and step + 1 in (1, self._steps):
+        if self._device.type == "cuda" and step + 1 in (self._first, self._steps):
             torch.cuda.synchronize(self._device)
         self._ends.append(time.perf_counter())
         if self._on_step is not None:
@@ -304,6 +307,5 @@ class _StepClock:
 
     @property
     def seconds_per_step(self) -> float | None:
-        if len(self._ends) < 2:
-            return None
-        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        ends = self._ends[self._first - 1 :]
+        return None if len(ends) < 2 else (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -13,7 +13,7 @@ class CudaGraphs:
     """The backend of `graph` on NVIDIA GPUs."""
 
     def __init__(self) -> None:
-        self._pool: torch.cuda.MemPool | None = None
+        self._pool: Any = None
         # one for all captures: workspaces of libraries belong to a stream
         self._stream: torch.cuda.Stream | None = None
         self._done: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
@@ -24,44 +24,22 @@ class CudaGraphs:
             return f"a {tensor.device.type} device has no CUDA graphs"
         return "another capture is under way" if torch.cuda.is_current_stream_capturing() else None
 
-    def rehearse(self, work: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Run `work` in the memory of the capture that follows; blocks that torch has cached are given back first."""
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            pool, stream, caller = self._own_pool(), self._own_stream(), torch.cuda.current_stream()
-            stream.wait_stream(caller)
-            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
-                out = work()
-            caller.wait_stream(stream)
-            return out.clone()  # the memory itself is the capture's
-
     def capture(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-        """Record what `work` queues, while the device is still busy with its rehearsal."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.stream(self._own_stream()):
+        """Record what `work` queues; blocks that torch has cached are given back first."""
+        with torch.cuda.device(device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if self._stream is None or self._stream.device_index != torch.cuda.current_device():
+                self._stream = torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
             # other threads may use the GPU meanwhile
-            pool: Any = self._own_pool().id
-            graph.capture_begin(pool, capture_error_mode="thread_local")
-            try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 out = work()
-            finally:
-                graph.capture_end()
 
         def replay() -> torch.Tensor:
             graph.replay()
             return out
 
         return replay
-
-    def _own_pool(self) -> torch.cuda.MemPool:
-        self._pool = self._pool or torch.cuda.MemPool()
-        return self._pool
-
-    def _own_stream(self) -> torch.cuda.Stream:
-        if self._stream is None or self._stream.device_index != torch.cuda.current_device():
-            self._stream = torch.cuda.Stream()
-        return self._stream
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

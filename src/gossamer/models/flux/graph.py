@@ -10,7 +10,7 @@ on a branch beside the kernels, and a graph begins with the blocks on the device
 takes the places away drops the graphs first, with `release`.
 
     first step of a shape      call by call: kernels are compiled, operands made
-    second                     call by call in the memory of the capture, which follows while the device is busy
+    second                     captured, then replayed
     from then on               replayed
 
 Results are those of the plain way, bit by bit: the same kernels run on the same values.
@@ -40,9 +40,6 @@ class Backend(Protocol):
 
     def obstacle(self, tensor: torch.Tensor) -> str | None:
         """Why nothing can be recorded on this tensor's device now, or None."""
-
-    def rehearse(self, work: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """Run `work`, which is recorded next, in the memory that it will have then."""
 
     def capture(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
         """Record `work` without running it; each call of the result runs it and hands back the same tensor."""
@@ -106,32 +103,31 @@ class GraphedSteps:
         captured = self._captured.get(shapes)
         if captured is None:
             self._note("captured")
-            return self._capture(shapes, model, inputs)
-        if not captured.weights.possible():
+            captured = self._capture(shapes, model, inputs)
+        elif not captured.weights.possible():
             return self._run(model, inputs, "weights are elsewhere than at the beginning of the captured step")
-        self._note("replayed")
-        self._captured.move_to_end(shapes)
-        captured.inputs.load(inputs)
+        else:
+            self._note("replayed")
+            self._captured.move_to_end(shapes)
+            captured.inputs.load(inputs)
         sample = captured.replay().clone()  # a later replay writes into the tensor itself
         captured.weights.repeated()
         return sample
 
-    def _capture(self, shapes: Hashable, model: Any, inputs: StepInputs) -> torch.Tensor:
-        """The step itself, run call by call; later ones of its shapes are replayed."""
+    def _capture(self, shapes: Hashable, model: Any, inputs: StepInputs) -> Captured:
         while len(self._captured) >= KEPT:
             self._captured.popitem(last=False)
         with lasting():
             static = StaticInputs(inputs)
-        device = inputs.image.device
-        sample = self._backend.rehearse(lambda: run_step(model, static.inputs), device)
         weights = model.weights.recording()
 
         def step() -> torch.Tensor:
             with weights.recorded():
                 return run_step(model, static.inputs)
 
-        self._captured[shapes] = Captured(static, weights, self._backend.capture(step, device))
-        return sample
+        replay = self._backend.capture(step, inputs.image.device)
+        self._captured[shapes] = Captured(static, weights, replay)
+        return self._captured[shapes]
 
     def _warm_up(self, model: Any, inputs: StepInputs) -> torch.Tensor:
         """Call by call; what it makes, such as operands, is there when the same shapes come again."""
