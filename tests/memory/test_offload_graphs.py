@@ -103,6 +103,23 @@ def test_copies_are_captured_with_the_step(graphed, placement):
     assert steps(model, expected) == ["replayed"] * 3, "what was fetched call by call serves the captured step"
 
 
+@pytest.mark.parametrize(("wish", "after"), [("fp32", "replayed"), ("fp8", "replayed"), ("int8", FIRST)])
+def test_a_scale_changes_while_blocks_come_and_go(wish, after):
+    """Row scales of int8 are measured, which takes bytes that are not there between two steps."""
+    model, plain = built("nf4", wish), built("nf4", wish)
+    model.stepper = GraphedSteps(Double())
+    placed(model, Placement(0))
+    for each in (model, plain):
+        attach(each, adapter(), "style", 0.7)
+    assert steps(model, run(plain)) == IN_A_TURN
+    for scale in (-0.3, 1.2):
+        for each in (model, plain):
+            set_scale(each, "style", scale)
+        expected = run(plain)
+        assert steps(model, expected)[0] == after
+        assert steps(model, expected) == ["replayed"] * 3
+
+
 def test_a_step_that_failed_leaves_blocks_where_the_captured_one_does_not_expect_them(graphed):
     model, expected = graphed
     placed(model, Placement(0))

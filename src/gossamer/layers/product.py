@@ -164,16 +164,21 @@ class GroupProduct:
         if operand is None or not layers:
             return
         execution = execution_of(layers[0])
-        if not _filled(layers):
-            self._structure, self._revisions = -1, None  # other bytes are there now; made anew with the own ones
-            return
         adapted = any(part.stack is not None for part in operand.parts)
-        if adapted and operand.scale is not None and operand.base is None:
-            measure(operand.parts, operand.scale, operand.width, execution)
         if adapted and any(term.bias is not None for layer in layers for term in layer.active()):
             fresh = bias_of(layers, execution.activations)
             if operand.bias is not None and fresh is not None:
                 operand.bias.copy_(fresh)
+        measured = adapted and operand.scale is not None and operand.base is None
+        if not measured and self._keeper is None:
+            return
+        if not _filled(layers):
+            # other bytes are there now; made anew with the own ones, and whoever captured the operand has to know
+            self._structure, self._revisions = -1, None
+            execution.workspace.terms.structure += 1
+            return
+        if measured and operand.scale is not None:
+            measure(operand.parts, operand.scale, operand.width, execution)
         if self._keeper is not None:
             self._keeper()
 

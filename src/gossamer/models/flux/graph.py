@@ -78,17 +78,21 @@ class GraphedSteps:
             if self._captured and model.weights.obstacle() is not None:
                 self.release()  # what graphs hold is memory that was to be saved
             return self._run(model, inputs, why_not)
-        if self._snapshot is None or self._snapshot.differs(model):
+        if self._snapshot is None or self._snapshot.differs(model) or self._moved_by_scales(model):
             self.release()
             return self._warm_up(model, inputs)
         if self._snapshot.obstacle is not None:
             return self._run(model, inputs, self._snapshot.obstacle)
-        self._snapshot.show_scales()
         shapes = shapes_of(inputs)
         if shapes not in self._captured and shapes not in self._warm:
             return self._warm_up(model, inputs)
         with self._backend.in_turn():
             return self._replay(shapes, model, inputs)
+
+    def _moved_by_scales(self, model: Any) -> bool:
+        """Whether new scales could not be shown in place: where bytes are needed for it that are not there now."""
+        assert self._snapshot is not None
+        return self._snapshot.show_scales() and self._snapshot.differs(model)
 
     def release(self) -> bool:
         """Drop all graphs and give their memory back to the allocator; whether there were any."""

@@ -41,11 +41,13 @@ class Snapshot:
             return True
         return list(map(id, self._objects())) != list(map(id, self._held))
 
-    def show_scales(self) -> None:
-        """Write new scales of adapters into the memory that kernels read."""
-        if self._terms is not None and self._terms.scales != self._terms.shown:
-            with lasting():
-                self._terms.refresh()
+    def show_scales(self) -> bool:
+        """Write new scales of adapters into the memory that kernels read; whether there were any."""
+        if self._terms is None or self._terms.scales == self._terms.shown:
+            return False
+        with lasting():
+            self._terms.refresh()
+        return True
 
     def _objects(self) -> list[Any]:
         compiled = [holder.get("_compiled_call_impl") for holder in self._holders]
