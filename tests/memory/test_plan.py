@@ -120,9 +120,10 @@ def test_spread_is_even():
 # what the issue asks for ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["bf16", "nf4"])
 @pytest.mark.parametrize(("gpu", "storage"), [(12, "Q8_0"), (12, "fp8"), (24, "bf16")])
-def test_fully_resident_where_it_fits(gpu, storage):
-    chosen = plan(request(gpu, None, "H200", storage=storage)).chosen
+def test_fully_resident_where_it_fits(gpu, storage, text):
+    chosen = plan(request(gpu, None, "H200", storage=storage, text_storage=text)).chosen
     assert chosen.kind == "resident"
     assert chosen.placement.resident_blocks == 57
 
