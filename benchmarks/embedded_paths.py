@@ -23,7 +23,7 @@ import torch
 
 import gossamer
 from gossamer.bench import markdown
-from gossamer.bench.record import record_path, stamp, write_record
+from gossamer.bench.record import read_resumed, record_path, stamp, write_record
 from gossamer.errors import GossamerError, InvalidOptionError
 from gossamer.models.flux import Operators
 from gossamer.models.swap import linear_layers
@@ -52,10 +52,12 @@ def main() -> None:
             "Kernels run on an NVIDIA GPU only.",
             "Run the benchmark on a machine with one.",
         )
-    record = {**stamp(torch.device("cuda")), "steps": options.steps, "prompts": list(PROMPTS), "rows": []}
+    fresh = {**stamp(torch.device("cuda")), "steps": options.steps, "prompts": list(PROMPTS), "rows": []}
+    record = read_resumed(options.resume, fresh) if options.resume else fresh
+    done = {row["storage"] for row in record["rows"]}
     path = record_path(options.out, "embedded_paths", record)
     plain = reference_pictures("bf16", options.steps, None)
-    for storage in options.storages.split(","):
+    for storage in (each for each in options.storages.split(",") if each not in done):
         record["rows"].append(row_of(storage, options.steps, plain))
         write_record(path, record)
         print(record["rows"][-1], flush=True)
@@ -67,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--storages", default=",".join(STORAGES), help="formats, with commas between them")
     made.add_argument("--steps", type=int, default=20)
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
+    made.add_argument("--resume", type=Path, help="a record of the same machine and versions; its rows are kept")
     made.add_argument("--table", type=Path, help="print the table of a record and measure nothing")
     return made
 

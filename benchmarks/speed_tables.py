@@ -47,8 +47,9 @@ def tables(ending: str) -> dict[str, str]:
         "flux-promises": ("flux_step", promises),
         "fits": ("fits", fits_table),
         "fits-promises": ("fits", fits_promises),
-        "kernels": ("kernels", older_kernel_table),
-        "kernels-to-fp8": ("kernels_to_fp8", kernel_table),
+        "flux-step-later": ("flux_step_later", step_table),
+        "flux-promises-later": ("flux_step_later", promises),
+        "kernels": ("kernels", kernel_table),
         "changes": ("flux_changes", changes_table),
         "prepass": ("prepass", prepass_table),
         "host-memory": ("host_memory", host_table),
@@ -103,12 +104,6 @@ def kernel_table(record: Record) -> str:
     return table(["kernel", "MB moved", "us", "share of a copy"], lines) + "\n" + described(record)
 
 
-def older_kernel_table(record: Record) -> str:
-    """The same without decoding to fp8, which has a record of its own since it changed."""
-    rows = [row for row in record["rows"] if not (row["kernel"].startswith("decode") and "-> fp8" in row["kernel"])]
-    return kernel_table({**record, "rows": rows})
-
-
 CHANGES = {
     "first step, seconds": "first_step_seconds",
     "a step, ms": "step_ms",
@@ -155,10 +150,14 @@ def host_table(record: Record) -> str:
             row["vram"],
             *(f"{row[key] / 1e9:.2f}" for key in ("file_bytes", "text_bytes", "peak_bytes", "limit_bytes")),
             "kept" if row["kept"] else "**missed**",
+            f"{row['most']['owned'] / 1e9:.2f}",
         ]
         for row in record["rows"]
     ]
-    head = ["GPU budget", "file, GB", "text encoders", "peak, all of the process", "file + 2 GB", "without the texts"]
+    head = [
+        *("GPU budget", "file, GB", "text encoders", "peak, all of the process", "file + 2 GB", "without the texts"),
+        "peak, no page cache",
+    ]
     return table(head, lines) + "\n" + described(record)
 
 
