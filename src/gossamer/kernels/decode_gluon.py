@@ -12,13 +12,15 @@ expect in that thread: 8 rows are spread over the lanes, four lanes share a row,
 
 What binds it with terms is the load-store unit: a load or store takes as long as it touches rows, and each has eight.
 So both factors wait in shared memory, `down` for the whole program and `up` for _UP_ROWS rows, and a thread has as many
-columns of a row as its registers allow. A Hopper warpgroup reads both factors there itself, once for 64 rows.
+columns of a row as its registers allow. A Hopper warpgroup reads both factors there itself, once for 64 rows. Or the
+product is turned: that of the transposed factors leaves four rows in the lanes, and `down` stays in registers.
 
 Only the layout of the weights is stated; those of all loads follow from it backwards (Gluon's automatic layouts).
 
 fp8 has three fraction bits. Towards it stored weights are float16 in units of their row, so that two share an
 instruction: half of the instructions, and a decoded weight is at most 2^-9 of itself further from its exact value than
-half a step of fp8 (where a minimum is added, 2^-9 of the larger summand).
+half a step of fp8 (where a minimum is added, 2^-9 of the larger summand). Low-rank terms are summed in float16 too, on
+top of the weight: `up` in units of its row, each rank times a power of two that keeps both factors in range.
 """
 
 from __future__ import annotations
@@ -158,7 +160,10 @@ def _up(
     else:
         unit = gl.load(units + begin + tile_rows(begin, rows, ROWS))
         quotient = value.to(gl.float32) * powers[None, :] * (1.0 / unit)[:, None]
-        return gl.minimum(gl.maximum(quotient, -65504.0), 65504.0).to(gl.float16)
+        # NaN stays NaN
+        return gl.where(gl.abs(quotient) > 65504.0, gl.where(quotient > 0.0, 65504.0, -65504.0), quotient).to(
+            gl.float16
+        )
 
 
 @gluon.jit

@@ -5,7 +5,7 @@
 
 W_eff = stored tile + up @ (rank_scale * down), in float32, as `decode_reference` states it. The stored tile is what the
 tensor cores begin to add to, so that a tile has one set of accumulators and not two. Towards fp8 it is float16 in units
-of its row, and what the tensor cores add is brought to these units afterwards.
+of its row; here, what the tensor cores add is brought to these units afterwards.
 
 A program of `decode_kernel` keeps its columns and goes down the rows: `down` is read, scaled and laid out once, and a
 tile costs what its codes and a few rows of `up` cost. Without terms nothing is kept, and a program has one tile. Where
