@@ -8,7 +8,7 @@ Here the order of columns inside a tile is chosen instead. A product does not ca
 columns, as long as the stored tile has them in the same order. So a thread decodes RUN neighbouring columns, whose
 codes it reads as whole words and whose results it writes side by side, and these become the elements that tensor cores
 expect in that thread: 8 rows are spread over the lanes, four lanes share a row, and a thread has pairs of columns.
-`_matrix_order` states which column stands where.
+`matrix_order` states which column stands where.
 
 What binds it with terms is the load-store unit: a load or store takes as long as it touches rows, and each has eight.
 So both factors wait in shared memory, `down` for the whole program and `up` for _UP_ROWS rows, and a thread has as many
@@ -29,112 +29,31 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
-from triton.runtime.jit import constexpr_function
 
+from gossamer.kernels.decode_gluon_layouts import (
+    TURNED,
+    bit_places,
+    bit_shape,
+    line_layout,
+    matrix_order,
+    product_layout,
+    shared_layout,
+    ups_layout,
+    weights_layout,
+)
 from gossamer.kernels.decode_kernel import band_place, base_tile, in_halves, rounded
 from gossamer.kernels.decode_tiles import row_starts, steps, tile_rows, whole
 
 # rows of `up` that are in shared memory at a time: two barriers in so many rows
 _UP_ROWS = gl.constexpr(128)
-# lanes that have rows of their own where the product is that of the transposed factors
-TURNED = gl.constexpr(4)
-
-
-@constexpr_function
-def _bits(size: int) -> int:
-    return size.bit_length() - 1
-
-
-@constexpr_function
-def _weights(rows: int, cols: int, run: int, kept: int, down: int, warps: int) -> gl.DistributedLinearLayout:
-    """A tile in stored order: a thread has RUN neighbours, and those that are a bit of KEPT apart from them.
-
-    Lanes have the columns between, and `down` of them rows of their own; warps come last.
-    """
-    low, bits = _bits(run), _bits(cols)
-    own = [bit for bit in range(low, bits) if kept >> bit & 1]
-    others = [bit for bit in range(low, bits) if bit not in own]
-    across = _bits(32 // down)
-    lanes, left = others[:across], others[across:]
-    # warps share the columns that are left, then rows
-    sharing, spare = left[: _bits(warps)], left[_bits(warps) :]
-    # tensor cores have two rows a thread: eight apart, or neighbours where the product is turned
-    pair = int(down == TURNED)
-    below = _bits(down) + (down >= TURNED)
-    deep = range(below, below + _bits(warps) - len(sharing))
-    columns = [[0, 1 << bit] for bit in sorted([*range(low), *own, *spare])]
-    beside = [[0, 1 << bit] for bit in lanes]
-    beneath = [[1 << bit, 0] for bit in range(pair, pair + _bits(down))]
-    taken = [*range(pair, pair + _bits(down)), *deep]
-    abreast, stacked = [[0, 1 << bit] for bit in sharing], [[1 << bit, 0] for bit in deep]
-    return gl.DistributedLinearLayout(
-        columns + [[1 << bit, 0] for bit in range(_bits(rows)) if bit not in taken],
-        beneath + beside if pair else beside + beneath,
-        stacked + abreast if pair else abreast + stacked,
-        [],
-        [rows, cols],
-    )
-
-
-@constexpr_function
-def _matrix_order(rows: int, cols: int, run: int, kept: int, down: int, warps: int) -> tuple[int, ...]:
-    """The bits of a column in the order of tensor cores, lowest first: pairs, lanes, warps, the rest of a thread."""
-    layout = _weights(rows, cols, run, kept, down, warps)
-    lanes = [_bits(basis[1]) for basis in layout.lane_bases if basis[1]]
-    warp = [_bits(basis[1]) for basis in layout.warp_bases if basis[1]]
-    registers = [_bits(basis[1]) for basis in layout.reg_bases if basis[1]]
-    if down == TURNED:
-        return (*lanes, registers[0], *warp, *registers[1:])
-    return (registers[0], *lanes, *warp, *registers[1:])
-
-
-@constexpr_function
-def _bit_places(order: tuple[int, ...], back: bool) -> list[int]:
-    """The permutation of (rows, a bit of the column each, highest first) that puts bit order[i] on place i, or back."""
-    count = len(order)
-    source = [count - 1 - order[count - 1 - place] for place in range(count)]
-    if back:
-        source = [source.index(place) for place in range(count)]
-    return [0, *(place + 1 for place in source)]
-
-
-@constexpr_function
-def _bit_shape(rows: int, cols: int) -> list[int]:
-    """A tile with a dimension for each bit of its columns, highest first."""
-    return [rows, *[2] * _bits(cols)]
 
 
 @gluon.jit
 def _reordered(tile: gl.tensor, ORDER: gl.constexpr, BACK: gl.constexpr) -> gl.tensor:
     """The columns of `tile` in another order of bits."""
-    SHAPE: gl.constexpr = _bit_shape(tile.shape[0], tile.shape[1])
-    PLACES: gl.constexpr = _bit_places(ORDER, BACK)
+    SHAPE: gl.constexpr = bit_shape(tile.shape[0], tile.shape[1])
+    PLACES: gl.constexpr = bit_places(ORDER, BACK)
     return gl.reshape(gl.permute(gl.reshape(tile, SHAPE.value), PLACES.value), tile.shape)
-
-
-@constexpr_function
-def _product_layout(weights: gl.DistributedLinearLayout, down: int, warpgroup: bool) -> gl.NVMMADistributedLayout:
-    """What a product leaves in which thread; warps lie as they do in `weights`."""
-    stacked = 1 << sum(1 for basis in weights.warp_bases if basis[0])
-    abreast = 1 << sum(1 for basis in weights.warp_bases if basis[1])
-    if warpgroup:
-        return gl.NVMMADistributedLayout([3, 0], [stacked, 1], [16, weights.shape[1], 16])
-    return gl.NVMMADistributedLayout([2, 0], [abreast, stacked] if down == TURNED else [stacked, abreast], [16, 8])
-
-
-@constexpr_function
-def _shared(inner: int, warpgroup: bool) -> gl.SwizzledSharedLayout | gl.NVMMASharedLayout:
-    """Rows of `inner` 16-bit numbers in shared memory, such that eight rows have no bank in common."""
-    if warpgroup:
-        return gl.NVMMASharedLayout(min(128, 2 * inner), 16, 2)
-    together = max(1, 64 // inner)  # rows that fill all banks
-    return gl.SwizzledSharedLayout(8, together, 8 // together, [1, 0])
-
-
-@constexpr_function
-def _ups_layout(ranks: int, warps: int) -> gl.BlockedLayout:
-    """Rows of `up` in long words."""
-    return gl.BlockedLayout([1, 8], [256 // ranks, ranks // 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
@@ -152,7 +71,7 @@ def _up(
     What has no place in float16 then is 146 times as large as any weight of its row, and others cancel it: of such
     a sum no rounding of factors leaves anything.
     """
-    LAYOUT: gl.constexpr = _ups_layout(RANKS, gl.num_warps())
+    LAYOUT: gl.constexpr = ups_layout(RANKS, gl.num_warps())
     pointer = row_starts(up, begin, rows, RANKS, ROWS)[:, None] + steps(RANKS)[None, :]
     value = gl.load(gl.set_auto_layout(pointer, LAYOUT))
     if powers is None:
@@ -228,7 +147,7 @@ def _turned(tile: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
 def _kept_down(right: gl.shared_memory_descriptor, WEIGHTS: gl.constexpr, DOWN: gl.constexpr) -> gl.base_value:
     """`down` in registers for the whole program where the product is turned, else in shared memory."""
     if DOWN == TURNED:
-        MMA: gl.constexpr = _product_layout(WEIGHTS, DOWN, False)
+        MMA: gl.constexpr = product_layout(WEIGHTS, DOWN, False)
         gl.thread_barrier()
         return right.permute((1, 0)).load(gl.DotOperandLayout(0, MMA, 2))
     else:
@@ -249,7 +168,7 @@ def _product(
 
     Summed in the tile's type, else in float32.
     """
-    MMA: gl.constexpr = _product_layout(WEIGHTS, DOWN, WARPGROUP)
+    MMA: gl.constexpr = product_layout(WEIGHTS, DOWN, WARPGROUP)
     if tile is None:
         ROWS: gl.constexpr = left.shape[0]
         COLS: gl.constexpr = right.shape[1]
@@ -265,13 +184,6 @@ def _product(
     return gl.convert_layout(_reordered(_turned(added, DOWN), ORDER, True), WEIGHTS)
 
 
-@constexpr_function
-def _lines(span: int, warps: int) -> tuple[int, gl.BlockedLayout]:
-    """How many lines of 32 bytes `span` bytes fill, as a power of two, and a layout of such lines of all rows."""
-    count = 1 << (-(-span // 32) - 1).bit_length()
-    return count, gl.BlockedLayout([1, 1], [max(1, 32 // count), min(32, count)], [warps, 1], [1, 0])
-
-
 @gluon.jit
 def _fetch(
     codes: gl.tensor,
@@ -284,7 +196,7 @@ def _fetch(
     SPAN: gl.constexpr,
 ) -> None:
     """Ask L2 for the SPAN bytes of codes of each row of a tile; nobody waits for them."""
-    LINES: gl.constexpr = _lines(SPAN, gl.num_warps())
+    LINES: gl.constexpr = line_layout(SPAN, gl.num_warps())
     start = codes.to(gl.pointer_type(gl.uint8)) + (first // COLS).to(gl.int64) * SPAN
     byte = gl.minimum(steps(LINES[0]) * 32, SPAN - 1)
     line = gl.set_auto_layout(row_starts(start, begin, rows, row_bytes, ROWS)[:, None] + byte[None, :], LINES[1])
@@ -341,7 +253,7 @@ def gluon_decode_kernel(
     """Write `tiles_each` tiles of W_eff, each below the last, into `out` (rows, width) as float, fp8 or int8."""
     WARPS: gl.constexpr = gl.num_warps()
     gl.static_assert((levels is None) | (KEPT % (RUN * 32 // DOWN) == 0), "lanes with levels lie side by side")
-    WEIGHTS: gl.constexpr = _weights(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
+    WEIGHTS: gl.constexpr = weights_layout(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
     SHORT: gl.constexpr = in_halves(OUTPUT, FAMILY)
     first = gl.program_id(0) * COLS
     band, begin, stop = band_place(gl.program_id(1), rows, band_rows, tiles_each * ROWS)
@@ -349,9 +261,9 @@ def gluon_decode_kernel(
     if up is not None:
         gl.static_assert((DOWN == 8) | (DOWN == TURNED), "as many rows in the lanes of a warp as tensor cores have")
         gl.static_assert(not LATER_RANKS, "all ranks at once")
-        ORDER: gl.constexpr = _matrix_order(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
+        ORDER: gl.constexpr = matrix_order(ROWS, COLS, RUN, KEPT, DOWN, WARPS)
         TILES: gl.constexpr = _UP_ROWS // ROWS
-        UPS: gl.constexpr = _shared(RANKS, WARPGROUP)
+        UPS: gl.constexpr = shared_layout(RANKS, WARPGROUP)
         HALVES: gl.constexpr = SHORT and not WARPGROUP  # to bring many ranks to units takes longer than their sums
         FACTOR: gl.constexpr = gl.float16 if HALVES else up.dtype.element_ty
         ups = gl.allocate_shared_memory(FACTOR, [TILES, ROWS, RANKS], UPS)
@@ -361,8 +273,8 @@ def gluon_decode_kernel(
         if HALVES:
             own = _powers(scaled)
             scaled *= (1.0 / own)[:, None]
-            powers = gl.convert_layout(own, gl.SliceLayout(0, _ups_layout(RANKS, WARPS)))
-        right = gl.allocate_shared_memory(FACTOR, [RANKS, COLS], _shared(COLS, WARPGROUP))
+            powers = gl.convert_layout(own, gl.SliceLayout(0, ups_layout(RANKS, WARPS)))
+        right = gl.allocate_shared_memory(FACTOR, [RANKS, COLS], shared_layout(COLS, WARPGROUP))
         _keep_down(right, scaled, ORDER)
         kept_down = _kept_down(right, WEIGHTS, DOWN)
     for index in range(tiles_each):
