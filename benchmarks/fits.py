@@ -9,7 +9,8 @@ NF4. A row is STORAGE/BUDGET: its plan is made for that budget as `gossamer run 
 it, the allocator is capped, and a picture is painted after one of two steps that warms up. `free` is without a budget;
 `streamed` has none of the transformer's blocks stay, in 2.3 GB for everything (--offload sequential): 1.5 GB for the
 transformer with its tensors, and the VAE, what CUDA takes, and gaps.
-Parts are built once and placed anew for each row. Rows of diffusers are steps of its transformer alone.
+Parts are built once and placed anew for each row. Rows of diffusers are steps of its transformer alone, or whole
+pictures of a few steps (`-picture`).
 
     peak_bytes            most that tensors took, all parts together    predicted_peak_bytes      the plan's word for it
     reserved_bytes        most that the allocator took                  limit_bytes               what it was capped at
@@ -35,6 +36,8 @@ from typing import Any
 import torch
 
 from fits_peers import PEERS
+from fits_pictures import PICTURES
+from fits_pictures import painted as painted_by_diffusers
 from fits_pipeline import SMALL, TEXT_STORAGE, Model, build, build_shared, pipeline_of
 from flux_step_rows import prepass_of, run_modulation
 from gossamer.bench.host_memory import host_memory
@@ -70,7 +73,7 @@ BUDGETS = {
     "bf16": (FREE, "24GB", "16GB", "8GB", "4GB"),
 }
 OURS = tuple(f"{storage}/{budget}" for storage, budgets in BUDGETS.items() for budget in budgets)
-NAMES = (*OURS, *PEERS)
+NAMES = (*OURS, *PEERS, *PICTURES)
 PROMPT = "a picture that is painted to be measured"
 HOST_BYTES = 100 * 10**9
 BUS_BYTES = 1 << 29
@@ -210,7 +213,7 @@ def measured(names: Sequence[str], model: Model, options: argparse.Namespace) ->
             release_memory(model.work.device)
     shared.clear()
     for name in names:
-        if name in PEERS:
+        if name not in OURS:
             release_memory(model.work.device)
             yield peer_row(name, bench)
 
@@ -288,22 +291,29 @@ def prepass_seconds(pipeline: Pipeline, model: Model) -> float:
 
 
 def peer_row(name: str, bench: Bench) -> Row:
-    """A few steps of diffusers' transformer; what fails is a row that says so."""
+    """A few steps of diffusers' transformer, or a picture by its pipeline; what fails is a row that says so."""
     labels = {"name": name, "storage": name.rpartition("/")[2]}
     if bench.options.quick:
         return {**labels, "error": "diffusers offloads to a GPU only"}
     try:
-        timing = PEERS[name](bench.model.work, Repeats(1, bench.options.peer_steps))
+        measured = (steps_of_peer if name in PEERS else picture_of_peer)(name, bench)
     except Exception as error:  # noqa: BLE001 - a peer that fails is a result
         return {**labels, "error": f"{type(error).__name__}: {error}"[:ERROR_LENGTH]}
+    driver = driver_bytes(bench.model.work.device) - bench.before
+    return {**labels, **measured, "driver_bytes": driver, "host_bytes": resident_bytes()}
+
+
+def steps_of_peer(name: str, bench: Bench) -> Row:
+    timing = PEERS[name](bench.model.work, Repeats(1, bench.options.peer_steps))
     return {
-        **labels,
         "step_seconds": timing.median_ms / 1000,
         "first_call_seconds": timing.first_call_seconds,
         "peak_bytes": timing.peak_bytes,
-        "driver_bytes": driver_bytes(bench.model.work.device) - bench.before,
-        "host_bytes": resident_bytes(),
     }
+
+
+def picture_of_peer(name: str, bench: Bench) -> Row:
+    return painted_by_diffusers(PICTURES[name](bench.model), bench.model, bench.options.peer_steps + 1)
 
 
 def streamed_bytes(fit: Fit) -> int:

@@ -57,17 +57,22 @@ class Model:
 
 def build_shared(model: Model) -> dict[str, Any]:
     """Everything but the transformer, text encoders in TEXT_STORAGE."""
-    folder = model_folder()
-    parts: dict[str, Any] = {
-        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "tokenizer_2": T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
-    }
-    for name, module in _others(model):
+    parts = small_parts()
+    for name, module in other_parts(model):
         parts[name] = module
         if name != "vae":
             quantize(module, TEXT_STORAGE)
     return parts
+
+
+def small_parts() -> dict[str, Any]:
+    """Scheduler and tokenizers."""
+    folder = model_folder()
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "tokenizer_2": T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+    }
 
 
 def write_base(model: Model, folder: Path) -> None:
@@ -77,11 +82,11 @@ def write_base(model: Model, folder: Path) -> None:
         shutil.copytree(source / name, folder / name)
     shutil.copy(source / INDEX_FILE, folder)
     (folder / SETTINGS_FILE).write_text(json.dumps({"max_sequence_length": model.spec.text_tokens}), "utf-8")
-    for name, module in _others(model):
+    for name, module in other_parts(model):
         module.save_pretrained(folder / name)
 
 
-def _others(model: Model) -> Iterator[tuple[str, Any]]:
+def other_parts(model: Model) -> Iterator[tuple[str, Any]]:
     """VAE and text encoders with their values, one after the other."""
     with torch.device("meta"):
         skeletons = {
