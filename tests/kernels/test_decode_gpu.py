@@ -115,6 +115,16 @@ def geometries(storage: str, rank: int) -> list[Geometry]:
     return [*found, warpgroup_terms(storage)] if torch.cuda.get_device_capability() == HOPPER else found
 
 
+def assert_half_a_step_in_every_geometry(packed: Packed, terms: StackedTerms) -> None:
+    rows, width = packed.shape
+    row_scale = measured_scale(packed, torch.float8_e4m3fn, width, terms)
+    weight = effective_weight(packed, width, on_cpu(terms))
+    for geometry in geometries(packed.format, terms.up.shape[1]):
+        out = poisoned(rows, width, torch.float8_e4m3fn)
+        decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
+        assert_half_a_step(out, row_scale, weight, packed, terms)
+
+
 @pytest.mark.parametrize("ranks", [(4,), (20,), (64,), (64, 64)])
 @pytest.mark.parametrize("width", [768, 832])
 @pytest.mark.parametrize("storage", READABLE)
@@ -147,12 +157,7 @@ def test_bands_of_rows_have_factors_of_their_own_in_every_geometry(storage, band
 def test_fp8_with_terms_is_within_half_a_step_in_every_geometry(storage, ranks):
     skip_without_fp8()
     packed, terms = packed_on_cpu(storage, 140, 768), terms_on_gpu(140, 768, *ranks)
-    row_scale = measured_scale(packed, torch.float8_e4m3fn, 768, terms)
-    weight = effective_weight(packed, 768, on_cpu(terms))
-    for geometry in geometries(storage, terms.up.shape[1]):
-        out = poisoned(140, 768, torch.float8_e4m3fn)
-        decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
-        assert_half_a_step(out, row_scale, weight, packed, terms)
+    assert_half_a_step_in_every_geometry(packed, terms)
 
 
 @pytest.mark.parametrize("factor", [2.0**-20, 1e-3, 1e4])
@@ -161,12 +166,7 @@ def test_fp8_does_not_depend_on_which_factor_is_large(storage, factor):
     skip_without_fp8()
     packed, terms = packed_on_cpu(storage, 140, 768), terms_on_gpu(140, 768, 16)
     terms = StackedTerms(terms.up * factor, terms.down / factor, terms.scale, terms.ranks)
-    row_scale = measured_scale(packed, torch.float8_e4m3fn, 768, terms)
-    weight = effective_weight(packed, 768, on_cpu(terms))
-    for geometry in geometries(storage, terms.up.shape[1]):
-        out = poisoned(140, 768, torch.float8_e4m3fn)
-        decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
-        assert_half_a_step(out, row_scale, weight, packed, terms)
+    assert_half_a_step_in_every_geometry(packed, terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
