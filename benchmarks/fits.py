@@ -38,7 +38,7 @@ import torch
 from fits_peers import PEERS
 from fits_pictures import PICTURES
 from fits_pictures import painted as painted_by_diffusers
-from fits_pipeline import SMALL, TEXT_STORAGE, Model, build, build_shared, pipeline_of
+from fits_pipeline import PROMPT, SMALL, TEXT_STORAGE, Model, build, build_shared, pipeline_of
 from flux_step_rows import prepass_of, run_modulation
 from gossamer.bench.host_memory import host_memory
 from gossamer.bench.random_flux import full_size, step_inputs, tiny
@@ -50,9 +50,9 @@ from gossamer.memory.byte_sizes import parse_bytes, show_bytes
 from gossamer.memory.cards import find_card
 from gossamer.memory.gpu_memory import reset_peak
 from gossamer.memory.model_specs import DEV
+from gossamer.memory.offload_carousel import Arrangement
 from gossamer.memory.offload_host import host_bytes
 from gossamer.memory.picture import Job
-from gossamer.memory.placement import spread
 from gossamer.memory.plan import smallest
 from gossamer.memory.request import PlanRequest
 from gossamer.pipeline.fit import Fit, card_here, fit_request
@@ -74,7 +74,6 @@ BUDGETS = {
 }
 OURS = tuple(f"{storage}/{budget}" for storage, budgets in BUDGETS.items() for budget in budgets)
 NAMES = (*OURS, *PEERS, *PICTURES)
-PROMPT = "a picture that is painted to be measured"
 HOST_BYTES = 100 * 10**9
 BUS_BYTES = 1 << 29
 ERROR_LENGTH = 400
@@ -319,8 +318,7 @@ def picture_of_peer(name: str, bench: Bench) -> Row:
 def streamed_bytes(fit: Fit) -> int:
     """Weights that a step of the plan copies."""
     blocks = fit.request.subject.transformer(fit.chosen.storage).blocks
-    resident = spread(len(blocks), fit.chosen.placement.resident_blocks)
-    return sum(size for index, size in enumerate(blocks) if index not in resident)
+    return sum(Arrangement.of(fit.chosen.placement, len(blocks)).streamed(dict(enumerate(blocks))).values())
 
 
 def bus_rate(device: torch.device) -> float | None:

@@ -42,7 +42,7 @@ def whole(work: Workload, repeats: Repeats) -> Timing:
     """The model comes as a whole when it is called first, its blocks decoded at every call."""
     from accelerate import cpu_offload_with_hook
 
-    model = nn.Module.to(peers.gguf(work, "Q8_0"), "cpu")
+    model = packed_on_host(work)
     release_memory(work.device)
     cpu_offload_with_hook(model, work.device)
     return timed(model, work, repeats)
@@ -64,6 +64,11 @@ def on_host(work: Workload) -> Any:
     for name, shape in weight_shapes(work.spec).items():
         put(model, name, random_tensor(name, shape, work).cpu())
     return model.eval()
+
+
+def packed_on_host(work: Workload) -> Any:
+    """diffusers' transformer with GGUF blocks in host memory."""
+    return nn.Module.to(peers.gguf(work, "Q8_0"), "cpu")
 
 
 @torch.no_grad()

@@ -15,16 +15,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from torch import nn
 
-import flux_step_peers as peers
-from fits_peers import on_host
-from fits_pipeline import Model, other_parts, small_parts
+from fits_peers import on_host, packed_on_host
+from fits_pipeline import PROMPT, Model, other_parts, small_parts
 from gossamer.bench.timing import release_memory, wait
 from gossamer.memory.gpu_memory import peak_bytes, reset_peak
 
 Row = dict[str, Any]
-PROMPT = "a picture that is painted to be measured"
 
 
 def sequential(model: Model) -> Any:
@@ -48,7 +45,7 @@ def group(model: Model) -> Any:
 
 def whole(model: Model) -> Any:
     """Every model comes as a whole when it is called, and leaves for the next."""
-    pipe = pipeline_of(model, nn.Module.to(peers.gguf(model.work, "Q8_0"), "cpu"))
+    pipe = pipeline_of(model, packed_on_host(model.work))
     pipe.enable_model_cpu_offload(device=model.work.device)
     return pipe
 

@@ -31,6 +31,7 @@ from gossamer.pipeline.prepare import Identity
 from gossamer.pipeline.residence import NoResidence, Residence
 
 TEXT_STORAGE = "nf4"
+PROMPT = "a picture that is painted to be measured"
 SMALL = replace(
     DEV,
     name="three small blocks",

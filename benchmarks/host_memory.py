@@ -41,7 +41,7 @@ from torch import nn
 
 import gossamer
 from fits import model_of
-from fits_pipeline import Model, write_base
+from fits_pipeline import PROMPT, Model, write_base
 from gossamer.bench.host_memory import HostMemory, host_memory, peak_resident_bytes, watched
 from gossamer.bench.random_gguf import shapes_of, write_gguf
 from gossamer.bench.record import record_path, stamp, write_record
@@ -59,7 +59,6 @@ XXL, SHORT = "T5-XXL", "short-T5"
 ROWS = f"2GB/{SHORT},6GB/{SHORT},3GB/{XXL},6GB/{XXL}"  # two layers of T5-XXL in bf16 do not fit 2 GB
 ALLOWED_BYTES = 2 * 10**9  # beside the file
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-PROMPT = "a picture that is painted to be measured"
 
 
 @dataclass(frozen=True)

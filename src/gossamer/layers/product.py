@@ -169,16 +169,16 @@ class GroupProduct:
             fresh = bias_of(layers, execution.activations)
             if operand.bias is not None and fresh is not None:
                 operand.bias.copy_(fresh)
-        measured = adapted and operand.scale is not None and operand.base is None
-        if not measured and self._keeper is None:
+        measured = operand.scale if adapted and operand.base is None else None
+        if measured is None and self._keeper is None:
             return
         if not _filled(layers):
             # other bytes are there now; made anew with the own ones, and whoever captured the operand has to know
             self._structure, self._revisions = -1, None
             execution.workspace.terms.structure += 1
             return
-        if measured and operand.scale is not None:
-            measure(operand.parts, operand.scale, operand.width, execution)
+        if measured is not None:
+            measure(operand.parts, measured, operand.width, execution)
         if self._keeper is not None:
             self._keeper()
 

@@ -120,7 +120,7 @@ def _captured(of: Setting, placement: Placement) -> tuple[dict[str, int], int]:
 
 def _transformer(of: Setting, placement: Placement) -> dict[str, int]:
     blocks = of.weights.blocks
-    arrangement = Arrangement(spread(len(blocks), placement.resident_blocks), placement.slots)
+    arrangement = Arrangement.of(placement, len(blocks))
     sizes = dict(enumerate(blocks))
     slots = arrangement.buffer_bytes(sizes)
     parts = {"resident blocks": arrangement.device_bytes(sizes) - slots, "slots": slots, "embedders": of.weights.rest}

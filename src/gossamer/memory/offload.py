@@ -158,7 +158,7 @@ def offload(
 
 def arrange_blocks(part: Part, placement: Placement, count: int) -> None:
     """Arrange a transformer's `count` blocks as a placement says; those without a station stay where they are."""
-    part.arrange(Arrangement(frozenset(spread(count, placement.resident_blocks)), placement.slots), Cyclic(count))
+    part.arrange(Arrangement.of(placement, count), Cyclic(count))
 
 
 # the steps ------------------------------------------------------------------------------------------------------------

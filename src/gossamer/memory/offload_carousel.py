@@ -25,6 +25,7 @@ from gossamer.memory.offload_feed import Arrival, Feed
 from gossamer.memory.offload_layout import Range, lasting, overlap, ring
 from gossamer.memory.offload_schedule import Schedule
 from gossamer.memory.offload_station import Station
+from gossamer.memory.placement import Placement, spread
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,18 @@ class Arrangement:
     resident: frozenset[int]
     slots: int
 
+    @classmethod
+    def of(cls, placement: Placement, count: int) -> Arrangement:
+        """Of a transformer's `count` blocks, as a placement says."""
+        return cls(spread(count, placement.resident_blocks), placement.slots)
+
+    def streamed(self, sizes: Mapping[int, int]) -> dict[int, int]:
+        """The sizes of those that do not stay."""
+        return {index: size for index, size in sizes.items() if index not in self.resident}
+
     def buffer_bytes(self, sizes: Mapping[int, int]) -> int:
         """Of the buffer that the others share: `slots` of the largest, or all of them where that is less."""
-        streamed = [size for index, size in sizes.items() if index not in self.resident]
+        streamed = self.streamed(sizes).values()
         return min(self.slots * max(streamed, default=0), sum(streamed))
 
     def device_bytes(self, sizes: Mapping[int, int]) -> int:
@@ -45,7 +55,7 @@ class Arrangement:
 
     def ranges(self, sizes: Mapping[int, int]) -> dict[int, Range]:
         """Where in the buffer each block that does not stay has its bytes."""
-        streamed = {index: size for index, size in sizes.items() if index not in self.resident}
+        streamed = self.streamed(sizes)
         return dict(zip(streamed, ring(list(streamed.values()), self.buffer_bytes(sizes)), strict=True))
 
 
@@ -102,7 +112,7 @@ class Carousel:
         """Have a block's bytes on the device before anything that is queued from now on."""
         if index not in self._stations:
             return
-        if not self._memory:
+        if not self.is_open:
             self._open()
         if not self._waited_for(index):  # what failed while nobody needed it is tried again, now that it is needed
             self._start(index)

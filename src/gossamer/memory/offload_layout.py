@@ -96,20 +96,17 @@ def ring(sizes: Sequence[int], capacity: int) -> list[Range]:
     Laps are about equally long. So the last blocks of a step lie near the end of the buffer, and the first ones of the
     next step can come to its front while the last ones are still used.
     """
-    whole = sum(sizes)
-    for laps in count(max(1, -(-whole // max(1, capacity)))):
-        ranges = _in_laps(sizes, laps)
-        if max((stop for _, stop in ranges), default=0) <= capacity:
-            return ranges
-    raise AssertionError("unreachable: with enough laps each block has one to itself")
+    least = max(1, -(-sum(sizes) // max(1, capacity)))
+    tried = (_in_laps(sizes, laps) for laps in count(least))  # with enough of them each block has one to itself
+    return next(ranges for ranges in tried if max((stop for _, stop in ranges), default=0) <= capacity)
 
 
 def _in_laps(sizes: Sequence[int], laps: int) -> list[Range]:
     """A block belongs to the lap that its middle is in."""
     ranges: list[Range] = []
-    before = position = lap = 0
+    whole, before, position, lap = sum(sizes), 0, 0, 0
     for size in sizes:
-        own = (2 * before + size) * laps // (2 * sum(sizes))
+        own = (2 * before + size) * laps // (2 * whole)
         position, lap = (position, lap) if own == lap else (0, own)
         ranges.append((position, position + size))
         before, position = before + size, position + size
@@ -127,7 +124,9 @@ def lasting(ranges: Mapping[int, Range]) -> frozenset[int]:
     Those in a range of their own, and the first ones as far as they can come while the last one is still used.
     """
     order = list(ranges)
-    alone = {index for index in order if sum(overlap(ranges[index], other) for other in ranges.values()) == 1}
+    alone = {
+        index for index in order if not any(overlap(ranges[index], ranges[other]) for other in order if other != index)
+    }
     ahead: list[int] = []
     for index in order[:-1]:
         if any(overlap(ranges[index], ranges[other]) for other in (*ahead, order[-1])):

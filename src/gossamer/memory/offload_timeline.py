@@ -12,13 +12,13 @@ the other, unless the buffer takes up what arrives early.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 from gossamer.memory.offload_carousel import Arrangement
 from gossamer.memory.offload_layout import Range, lasting, overlap
 
 
-@cache
+@lru_cache(maxsize=4096)  # a plan weighs hundreds of arrangements, each with every placement of the other parts
 def step_with_copies(sizes: tuple[int, ...], arrangement: Arrangement, rate: float, computing: float) -> float:
     """Seconds of a step that follows its like; `sizes` in bytes, `rate` in bytes a second, `computing` in seconds."""
     ranges = arrangement.ranges(dict(enumerate(sizes)))

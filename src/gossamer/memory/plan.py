@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 from gossamer.errors import InvalidOptionError
@@ -23,16 +23,14 @@ from gossamer.memory.efficiency import Factors, factors, read_measured
 from gossamer.memory.footprint import Setting, gpu_bytes, host_bytes, setting
 from gossamer.memory.model_cost import t5_linears
 from gossamer.memory.no_plan import no_plan
-from gossamer.memory.offload_carousel import Arrangement
-from gossamer.memory.offload_timeline import slots_worth_trying
-from gossamer.memory.placement import Placement, TextPlacement, VaePlacement, spread
+from gossamer.memory.placement import Placement, TextPlacement, VaePlacement
+from gossamer.memory.plan_placements import Way, host_free, placements, step_of, too_much_host
 from gossamer.memory.reasons import explained, notes, refused_always
 from gossamer.memory.request import Plan, Planning, PlanRequest, Refused
 from gossamer.memory.roofline import (
     Machine,
     prepass_seconds,
     step_seconds,
-    streamed_seconds,
     text_seconds,
     vae_seconds,
 )
@@ -75,16 +73,12 @@ def smaller(request: PlanRequest, than: Plan, gpu_free: int) -> Plan | None:
 def smallest(request: PlanRequest, than: Plan) -> Plan:
     """The plan of the same formats that takes least of the GPU; it may be the given one."""
     same = _of_formats(request, than)
-    found = [way for way in _found(same, find_offload(same.offload))[0] if way.host_bytes <= _host_free(same)]
+    found = [way for way in _found(same, find_offload(same.offload))[0] if way.host_bytes <= host_free(same)]
     return min((*found, than), key=lambda way: way.peak_gpu_bytes)
 
 
 def _of_formats(request: PlanRequest, of: Plan) -> PlanRequest:
     return replace(request, storage=of.storage, text_storage=of.text_storage)
-
-
-def _host_free(request: PlanRequest) -> float:
-    return math.inf if request.budget.host_free is None else request.budget.host_free
 
 
 def _found(request: PlanRequest, offload: Offload) -> tuple[list[Plan], list[Refused]]:
@@ -185,21 +179,6 @@ def _unfaithful(request: PlanRequest, storage: str, floor: float) -> Refused | N
 # ways -----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A model in given formats on a card, whose placement is still open."""
-
-    request: PlanRequest
-    choice: Choice
-    machine: Machine
-    setting: Setting
-    computing: float
-
-    @property
-    def blocks(self) -> int:
-        return len(self.setting.weights.blocks)
-
-
 def _ways(request: PlanRequest, choice: Choice, offload: Offload, reached: Factors) -> Iterator[Plan]:
     """Every plan with one storage format."""
     machine = Machine(request.card, reached, choice.compute, choice.activations, choice.attention)
@@ -214,9 +193,9 @@ def _ways(request: PlanRequest, choice: Choice, offload: Offload, reached: Facto
             (choice.compute, choice.activations),
             sum(adapter.gpu_bytes for adapter in request.adapters),
         )
-        way = _Way(request, choice, machine, of, computing)
+        way = Way(request, choice, machine, of, computing)
         for text, vae, pinned in product(TEXT_PLACEMENTS, VAE_PLACEMENTS, _pinned(request, choice)):
-            for placement in _placements(way, Placement(0, pinned=pinned, text=text, vae=vae), offload):
+            for placement in placements(way, Placement(0, pinned=pinned, text=text, vae=vae), offload):
                 yield _plan(way, placement)
 
 
@@ -235,77 +214,13 @@ def _pinned(request: PlanRequest, choice: Choice) -> tuple[bool, ...]:
     return (True, False) if choice.storage == request.subject.stored else (True,)
 
 
-def _placements(way: _Way, base: Placement, offload: Offload) -> Iterator[Placement]:
-    """All blocks resident, none in the smallest buffer and in the fastest, and the fastest of all that fit."""
-    whole = replace(base, resident_blocks=way.blocks)
-    none = (base, _fastest(way, [[base], *([each] for each in _buffers(way, base) if _fits(way, each))]))
-    some = () if _fits(way, whole) else (_fastest(way, _fitting(way, base)),)
-    for placement in dict.fromkeys((whole, *some, *none)):
-        count = placement.resident_blocks
-        if offload.allows(placement, way.blocks) and (placement.pinned or count < way.blocks):
-            yield placement
-            # a last resort: what the pre-pass needs on the host is more than there is
-            if count == way.blocks and placement.text == "resident" and _too_much_host(way, placement):
-                yield replace(placement, modulation="resident")
-
-
-def _buffers(way: _Way, base: Placement) -> list[Placement]:
-    """With every number of slots that makes a difference, fitting or not."""
-    return [replace(base, slots=slots) for slots in slots_worth_trying(way.setting.weights.blocks)]
-
-
-def _fitting(way: _Way, base: Placement) -> Iterator[list[Placement]]:
-    """For each number of slots the placements that fit, most resident blocks first; `base` where nothing fits."""
-    for buffer in _buffers(way, base):
-        most = _most_resident(way, buffer)
-        yield [replace(buffer, resident_blocks=count) for count in range(most, -1, -1)] or [base]
-
-
-def _fastest(way: _Way, groups: Iterable[Sequence[Placement]]) -> Placement:
-    """The first of the fastest. In a group every placement moves more bytes than the one before it."""
-    best_seconds, fastest = math.inf, None
-    for group in groups:
-        for placement in group:
-            if fastest is not None and _least_step(way, placement) >= best_seconds:
-                break
-            seconds = _step(way, placement)
-            if seconds < best_seconds:
-                best_seconds, fastest = seconds, placement
-    assert fastest is not None
-    return fastest
-
-
-def _most_resident(way: _Way, buffer: Placement) -> int:
-    """The most blocks that fit on the GPU beside the slots for the others, -1 where none do; bytes grow with each."""
-    low, high = -1, way.blocks - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _fits(way, replace(buffer, resident_blocks=middle)):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _fits(way: _Way, placement: Placement) -> bool:
-    return _peak(way, placement) <= way.request.budget.gpu_free
-
-
-def _peak(way: _Way, placement: Placement) -> int:
-    return max(sum(parts.values()) for parts in gpu_bytes(way.setting, placement).values())
-
-
-def _too_much_host(way: _Way, placement: Placement) -> bool:
-    return host_bytes(way.setting, placement) > _host_free(way.request)
-
-
-def _plan(way: _Way, placement: Placement) -> Plan:
+def _plan(way: Way, placement: Placement) -> Plan:
     request, of = way.request, way.setting
     on_gpu, on_host = gpu_bytes(of, placement), host_bytes(of, placement)
     step, total = _seconds(way, placement)
     peak = max(sum(parts.values()) for parts in on_gpu.values())
     disk = 0 if request.subject.is_here else request.subject.disk_bytes
-    fits = peak <= request.budget.gpu_free and not _too_much_host(way, placement)
+    fits = peak <= request.budget.gpu_free and not too_much_host(way, placement)
     fits = fits and (request.budget.disk is None or disk <= request.budget.disk)
     products = way.choice.compute if way.choice.compute in ("fp8", "int8") else way.choice.storage
     return Plan(
@@ -328,27 +243,12 @@ def _plan(way: _Way, placement: Placement) -> Plan:
     )
 
 
-def _step(way: _Way, placement: Placement) -> float:
-    """Seconds of a step."""
-    blocks = way.setting.weights.blocks
-    arrangement = Arrangement(spread(len(blocks), placement.resident_blocks), placement.slots)
-    return streamed_seconds(way.machine, way.computing, blocks, arrangement, placement.pinned)
-
-
-def _least_step(way: _Way, placement: Placement) -> float:
-    """What a step takes at least: its computing, or its copies."""
-    blocks = way.setting.weights.blocks
-    resident = spread(len(blocks), placement.resident_blocks)
-    streamed = sum(size for index, size in enumerate(blocks) if index not in resident)
-    return max(way.computing, streamed / way.machine.bus)
-
-
-def _seconds(way: _Way, placement: Placement) -> tuple[float, float]:
+def _seconds(way: Way, placement: Placement) -> tuple[float, float]:
     """A step, and everything from the prompt to the first pictures, all weights on the host to begin with."""
     request, of, machine = way.request, way.setting, way.machine
     spec, job = request.subject.spec, request.job
     blocks = of.weights.blocks
-    step = _step(way, placement)
+    step = step_of(way, placement)
     moved = of.text_total + sum(blocks) + of.weights.rest  # once, wherever they stay afterwards
     total = text_seconds(machine, spec.t5, job, _t5_weights(of), moved)
     total += prepass_seconds(machine, spec.transformer, of.weights, placement.modulation == "resident")
