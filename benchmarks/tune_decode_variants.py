@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gossamer.kernels import decode_geometry
-from gossamer.kernels.decode_geometry import FEW_RANKS, STORED_ONLY, WITH_TERMS, Geometry
+from gossamer.kernels.decode_geometry import FEW_RANKS, STORED_ONLY, TURNED, WITH_TERMS, Geometry
 from gossamer.kernels.decode_support import READABLE
 
 OUTPUTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -76,7 +76,7 @@ def term_variants(storage: str, rank: int) -> list[Geometry]:
             found += [four, replace(four, programs=3)]
     if rank <= FEW_RANKS:
         for run, kept in _turned_runs(storage):
-            turned = Geometry(16, 32 * run << kept.bit_count(), 4, programs=4, run=run, kept=kept, down=4, ahead=1)
+            turned = Geometry(16, 32 * run << kept.bit_count(), 4, programs=4, run=run, kept=kept, down=TURNED, ahead=1)
             found += [turned, replace(turned, rows=32, warps=8, programs=2)]
     return found
 

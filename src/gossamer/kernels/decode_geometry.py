@@ -13,6 +13,9 @@ import torch
 from gossamer.kernels.decode_support import READABLE
 from gossamer.kernels.low_rank import rank_step
 
+# lanes that have rows of their own where the product is that of the transposed factors
+TURNED = 4
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -20,7 +23,8 @@ class Geometry:
 
     `programs` is about how many of them a multiprocessor gets: their tiles follow from it. None stands for one tile.
     With a `run` the kernel is `decode_gluon`'s: neighbours of a thread in a row, further bits of a column that are a
-    thread's own, lanes that have rows of their own (8 for terms), and tiles ahead whose codes are asked for (0 or 1).
+    thread's own, lanes that have rows of their own (8 for terms, or TURNED), and tiles ahead whose codes are asked for
+    (0 or 1).
     """
 
     rows: int
@@ -50,8 +54,8 @@ FEW_RANKS = 32
 _KEPT = {"k16": 96, "k32": 32, "legacy": 16}
 # to fp8 with terms, formats whose product is turned: loads touch half as many rows, and `down` is in registers
 _TURNED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "Q2_K", "Q6_K", "Q8_0", "IQ4_NL")
-# to two bytes without terms, formats that gain from the layouts of `decode_gluon`
-_TO_HALVES = {
+# to wider outputs without terms, formats that gain from the layouts of `decode_gluon`
+_TO_FLOATS = {
     "Q3_K": Geometry(8, 1024, 4, run=8, kept=96, down=1),
     "Q6_K": Geometry(8, 512, 4, run=8, kept=96, down=2),
     "Q4_K": Geometry(8, 512, 4, run=8, kept=32, down=1),
@@ -81,7 +85,7 @@ def chosen_geometry(storage: str, dtype: torch.dtype, rank: int, hopper: bool = 
 def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
     """Without terms, a thread writes up to 16 bytes at a time and reads no code twice: fields share their bytes."""
     if dtype.itemsize > 1 or family == "plain":
-        return _TO_HALVES.get(storage, STORED_ONLY)
+        return _TO_FLOATS.get(storage, STORED_ONLY)
     if storage == "Q3_K":
         return Geometry(8, 1024, 4, run=16, kept=96, down=2)
     if family == "k16":
@@ -94,12 +98,10 @@ def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
 def gluon_terms(storage: str, dtype: torch.dtype) -> Geometry:
     """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side."""
     family = READABLE[storage].family
-    if dtype == torch.float8_e4m3fn and storage in _TURNED:
-        run, kept = (8, 64) if family == "k16" else (16, 0)
-        return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=4, ahead=1)
     if dtype == torch.float8_e4m3fn:
-        run, kept = _own_columns(storage)
-        return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
+        turned = storage in _TURNED
+        run, kept = _turned_columns(storage) if turned else _own_columns(storage)
+        return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=TURNED if turned else 8, ahead=1)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
     kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
     return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)
@@ -109,6 +111,11 @@ def _own_columns(storage: str) -> tuple[int, int]:
     """Of a thread with terms to fp8, where four lanes share a row: neighbours, and the bits of further ones."""
     family = READABLE[storage].family
     return 8 if family == "k16" else 16, 64 if storage.startswith("IQ4") else _KEPT.get(family, 64)
+
+
+def _turned_columns(storage: str) -> tuple[int, int]:
+    """The same where eight lanes share a row, and `down` takes registers."""
+    return (8, 64) if READABLE[storage].family == "k16" else (16, 0)
 
 
 def warpgroup_terms(storage: str) -> Geometry:

@@ -291,7 +291,7 @@ def gluon_decode_kernel(
         )  # fmt: skip
         tile = gl.set_auto_layout(tile, WEIGHTS)
         if up is not None:
-            begun = tile if HALVES or not SHORT else None
+            begun = None if SHORT and WARPGROUP else tile
             added = _product(ups.index(index % TILES), kept_down, begun, ORDER, WEIGHTS, DOWN, WARPGROUP)
             tile = gl.fma(added, (1.0 / unit)[:, None], tile.to(gl.float32)) if begun is None else added
         if OUTPUT != "float" and not SHORT:

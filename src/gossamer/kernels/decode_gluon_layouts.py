@@ -8,8 +8,9 @@ from __future__ import annotations
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-# lanes that have rows of their own where the product is that of the transposed factors
-TURNED = gl.constexpr(4)
+from gossamer.kernels import decode_geometry
+
+TURNED = gl.constexpr(decode_geometry.TURNED)
 
 
 @constexpr_function
