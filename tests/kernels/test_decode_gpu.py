@@ -49,7 +49,7 @@ def assert_half_a_step(
     packed: Packed,
     terms: StackedTerms | None = None,
 ) -> None:
-    """fp8 codes are the nearest ones but for what float16 adds to the stored weight, to terms and to their sum.
+    """fp8 codes are the nearest ones but for what float16 adds to the stored weight, and to `terms` and their sum.
 
     Half a step is 2^-4 of the value among normal codes and 2^-10 units among subnormal ones. float16 rounds the stored
     weight thrice, each time by 2^-11 at most, `up` once and the sum as often as tensor cores take up ranks; where a
@@ -122,7 +122,8 @@ def assert_half_a_step_in_every_geometry(packed: Packed, terms: StackedTerms) ->
     for geometry in geometries(packed.format, terms.up.shape[1]):
         out = poisoned(rows, width, torch.float8_e4m3fn)
         decode_by(geometry, packed.to("cuda"), out, terms, row_scale, 3)
-        assert_half_a_step(out, row_scale, weight, packed, terms)
+        in_float16 = geometry.run and not geometry.warpgroup
+        assert_half_a_step(out, row_scale, weight, packed, terms if in_float16 else None)
 
 
 @pytest.mark.parametrize("ranks", [(4,), (20,), (64,), (64, 64)])
