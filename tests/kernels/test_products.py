@@ -9,7 +9,9 @@ from gossamer.kernels.products import (
     INT8_WIDEST,
     SCALED_PRODUCTS,
     matmul,
+    matmul_gelu,
     matmul_int8,
+    matmul_parts,
     scaled_matmul_fp8,
     scaled_matmul_fp8_tensorwise,
     scaled_matmul_reference,
@@ -67,6 +69,40 @@ def test_matmul_is_the_same_into_a_given_buffer(device, dtype, with_bias):
     for result in (out, matmul(x, weight, bias)):
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), exact, rtol=0, atol=40 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_matmul_gelu_is_the_tanh_form_of_a_product(device, dtype, with_bias):
+    """5e-4 lie between the two forms, which float32 tells apart."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 64, 128, generator=generator).to(device, dtype)
+    weight = (torch.randn(96, 128, generator=generator) * 0.1).to(device, dtype)
+    bias = torch.randn(96, generator=generator).to(device, dtype) if with_bias else None
+    summed = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    exact = torch.nn.functional.gelu(summed, approximate="tanh")
+    result = matmul_gelu(x, weight, bias)
+    assert (result.dtype, result.shape) == (dtype, (2, 64, 96))
+    torch.testing.assert_close(
+        result.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=40 * torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_parts_are_multiplied_as_if_they_lay_side_by_side(device, dtype, with_bias):
+    generator = torch.Generator().manual_seed(4)
+    whole = torch.randn(2, 5, 40, generator=generator).to(device, dtype)
+    weight = torch.randn(7, 40, generator=generator).to(device, dtype)
+    bias = torch.randn(7, generator=generator).to(device, dtype) if with_bias else None
+    parts = [part.contiguous() for part in whole.split([8, 24, 8], dim=2)]
+    exact = whole.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    result = matmul_parts(parts, weight, bias)
+    assert (result.dtype, result.shape) == (dtype, (2, 5, 7))
+    # a rounding a part, of sums up to 25
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=3 * 25 * torch.finfo(dtype).eps)
 
 
 def test_matmul_into_rows_of_a_larger_buffer():

@@ -95,6 +95,27 @@ def test_a_buffer_of_another_width_is_refused(mixed):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_gelu_of_the_last_outputs_and_an_input_in_parts(bias, adapted):
+    layers = executed(packed_layers("nf4", bias), torch.float32)
+    if adapted:
+        layers[2].add(low_rank("style", OUTS[2], 1, bias=True))
+    x, plain, group = torch.randn(2, 6, WIDTH), sum(OUTS[:2]), group_of(layers)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    head, tail = group.with_gelu(Rows(x), plain)
+    torch.testing.assert_close(head, expected[..., :plain])
+    torch.testing.assert_close(tail, torch.nn.functional.gelu(expected[..., plain:], approximate="tanh"))
+    torch.testing.assert_close(group.of_parts(x[..., :64].clone(), x[..., 64:].clone()), expected)
+
+
+def test_gelu_is_part_of_a_product_of_floats_only():
+    assert group_of(executed(packed_layers("nf4"), torch.bfloat16)).fuses_gelu
+    assert not group_of(executed(packed_layers("nf4"), torch.int8)).fuses_gelu
+    assert not group_of(packed_layers("nf4")).fuses_gelu
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("joined", [True, False])
 def test_one_product_is_as_exact_as_its_layers(storage, bias, joined):
     x = torch.randn(2, 6, WIDTH)

@@ -1,6 +1,8 @@
 """Products of activations (rows, in) with a weight (out, in): through the library of the chip, and in plain torch.
 
-    linear                 y = x @ w.T + bias                                           bf16, fp16, fp32
+    matmul                 y = x @ w.T + bias                                           bf16, fp16, fp32
+    matmul_gelu            y = gelu(x @ w.T + bias), in the library's own pass
+    matmul_parts           y = [x_0, x_1, ...] @ w.T + bias, where the parts lie in places of their own
     scaled_mm_rowwise      y = (x @ w.T) * x_scale[:, None] * w_scale[None, :] + bias   e4m3 operands
     scaled_mm_tensorwise   the same, with the scales applied after the product
     int_mm                 the same for int8 operands, summed in int32
@@ -13,7 +15,8 @@ nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Protocol, TypeAlias
 
 import torch
@@ -62,12 +65,45 @@ def matmul(
     if out is None:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    target = out.view(-1, weight.shape[0])
-    if bias is None:
-        torch.mm(rows, weight.t(), out=target)
-    else:
-        torch.addmm(bias, rows, weight.t(), out=target)
+    _write_product(out.view(-1, weight.shape[0]), rows, weight.t(), bias)
     return out
+
+
+def _write_product(
+    out: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """rows (n, in) times columns (in, out) + bias, into `out` (n, out)."""
+    return torch.mm(rows, columns, out=out) if bias is None else torch.addmm(bias, rows, columns, out=out)
+
+
+def matmul_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """GELU, in its tanh form, of x (..., in) times weight (out, in): (..., out); all of one float type.
+
+    On CUDA cuBLASLt applies it to the sums before they are rounded, so that nothing is written, read and written again.
+    torch's operator takes the other form of GELU on a CPU, so there it follows the product.
+    """
+    if not x.is_cuda:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    given = x.new_zeros(weight.shape[0]) if bias is None else bias
+    rows = torch._addmm_activation(given, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+def matmul_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Parts (..., in_0), (..., in_1), ... side by side, times weight (out, in_0 + in_1 + ...): (..., out).
+
+    One product a part, the widest first; each is added to the sum of those before it, which is rounded in between.
+    """
+    stops = list(accumulate(part.shape[-1] for part in parts))
+    pairs = [
+        (part.reshape(-1, part.shape[-1]), weight[:, stop - part.shape[-1] : stop].t())
+        for part, stop in zip(parts, stops, strict=True)
+    ]
+    (rows, columns), *others = sorted(pairs, key=lambda pair: -pair[0].shape[-1])
+    total = _write_product(rows.new_empty(rows.shape[0], weight.shape[0]), rows, columns, bias)
+    for rows, columns in others:
+        total.addmm_(rows, columns)
+    return total.view(*parts[0].shape[:-1], weight.shape[0])
 
 
 def shape_obstacle(compute: str, shape: tuple[int, int]) -> str | None:

@@ -67,6 +67,23 @@ class LinearGroup:
             return self._product(cast(tuple[QuantLinear, ...], found.layers), rows, out, found.joined)
         return _one_by_one(found.layers, rows.values, out)
 
+    @property
+    def fuses_gelu(self) -> bool:
+        """Whether `with_gelu` and `of_parts` serve: one product, whose operands are floats without scales."""
+        execution = self._find().execution
+        return execution is not None and not execution.rows_have_scales
+
+    def with_gelu(self, rows: Rows, plain: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (..., in) to the first `plain` outputs of all layers as they are, and GELU of the others."""
+        found = self._find()
+        return self._product.with_gelu(cast(tuple[QuantLinear, ...], found.layers), rows.values, plain, found.joined)
+
+    def of_parts(self, *parts: torch.Tensor) -> torch.Tensor:
+        """What a single layer makes of parts (..., in_0), (..., in_1), ... as if they lay side by side: (..., out)."""
+        layers = cast(tuple[QuantLinear, ...], self._find().layers)
+        operand = execution_of(layers[0]).operand
+        return self._product.of_parts(layers, [part.to(operand) for part in parts])
+
     def join(self) -> None:
         """Put the stored bytes of the layers side by side, where their format allows it: one call decodes all."""
         fused = _fused(self.layers)

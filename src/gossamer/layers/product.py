@@ -19,10 +19,10 @@ from gossamer.formats import Packed
 from gossamer.kernels.operators import lasting
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
-from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_int8
 from gossamer.layers.execution import Execution
 from gossamer.layers.low_rank import LowRank
 from gossamer.layers.model_terms import Lift, ModelTerms
+from gossamer.layers.multiply import multiply, multiply_gelu, multiply_parts
 from gossamer.layers.operand import (
     Keeper,
     Operand,
@@ -70,12 +70,29 @@ class GroupProduct:
 
         `joined` holds the stored bytes of all layers side by side, where they lie so.
         """
+        operand, weight = self._ready(layers, joined)
+        return multiply(execution_of(layers[0]), rows, weight, operand, out)
+
+    def with_gelu(
+        self, layers: tuple[QuantLinear, ...], x: torch.Tensor, plain: int, joined: Joined | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (..., width) to the first `plain` outputs as they are, and GELU of all others; float operands only."""
+        operand, weight = self._ready(layers, joined)
+        return multiply_gelu(x, weight, operand, plain)
+
+    def of_parts(self, layers: tuple[QuantLinear, ...], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Parts of the input that lie apart, (..., width) together, to (..., sum of outputs); float operands only."""
+        operand, weight = self._ready(layers, None)
+        return multiply_parts(parts, weight, operand)
+
+    def _ready(self, layers: tuple[QuantLinear, ...], joined: Joined | None) -> tuple[Operand, torch.Tensor]:
+        """The operand as the layers are now, and its weight, valid until the next one is written."""
         execution = execution_of(layers[0])
         _require_here(layers)
         operand = self._current(layers, execution.workspace.terms, joined)
         weight = operand.weight if self._writer is None else self._writer()
         assert weight is not None
-        return _multiply(execution, rows, weight, operand, out)
+        return operand, weight
 
     def _current(self, layers: tuple[QuantLinear, ...], model: ModelTerms, joined: Joined | None) -> Operand:
         """The operand as the layers are now."""
@@ -302,33 +319,3 @@ def _bands(heights: Sequence[int], active: Sequence[tuple[LowRank, ...]]) -> tup
     if len(ranks) > 1 or sum(heights) // band > BANDS_LARGEST:
         return None
     return tuple(height // band for height in heights)
-
-
-# the product ----------------------------------------------------------------------------------------------------------
-
-
-def _multiply(
-    execution: Execution, rows: Rows, weight: torch.Tensor, operand: Operand, out: torch.Tensor | None
-) -> torch.Tensor:
-    """One library product, written straight into `out` where its rows lie side by side."""
-    target = _flat(out, execution.activations)
-    codes = rows.values.reshape(-1, operand.width)
-    if rows.scale is None:
-        result = matmul(codes, weight, operand.bias, target)
-    else:
-        assert operand.scale is not None
-        scaled = (codes, rows.scale.reshape(-1), weight, operand.scale, operand.bias, execution.activations, target)
-        if execution.product == "int_mm":
-            result = matmul_int8(*scaled, execution.pointwise.rescale_product)
-        else:
-            result = SCALED_PRODUCTS[execution.product](*scaled)
-    shaped = result.view(*rows.values.shape[:-1], operand.rows)
-    if out is None:
-        return shaped
-    return out if target is not None else out.copy_(shaped)
-
-
-def _flat(out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """`out` as a matrix, or None where the product cannot write into it: scattered rows, or another type."""
-    fit = out is not None and out.is_contiguous() and out.dtype == dtype
-    return out.view(-1, out.shape[-1]) if out is not None and fit else None

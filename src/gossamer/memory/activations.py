@@ -4,9 +4,11 @@ A single block is the worst moment of a step (`models/flux/blocks.py`). In units
 a bytes and operands of o bytes:
 
     tokens a   normed rows o   one buffer of queries, keys, values and mlp 7 a   attended a   rows 5 o   result a
+    tokens a   normed rows a   queries, keys, values 3 a   gelu(mlp) 4 a         attended a              result a
 
-At 1024x1024 and 512 text tokens that is 368 MB with fp8 products and 453 MB in bf16; measured on one H200: 0.37 and
-0.46 GB beyond the weights (LOG.md, 2026-11-20). Decoded weights pass through one buffer of the largest operand.
+The second where operands are floats: the product takes GELU itself and reads its parts where they lie. At 1024x1024 and
+512 text tokens that is 368 MB with fp8 products and 311 MB in bf16; measured on one H200 with fp8: 0.37 GB beyond the
+weights (LOG.md, 2026-11-20). Decoded weights pass through one buffer of the largest operand.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from gossamer.memory.placement import VaePlacement
 from gossamer.models.flux_spec import MLP_RATIO, TIMESTEP_CHANNELS, FluxSpec
 
 TYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
+CODES = ("fp8", "int8")
 
 # `offload_strips` keeps two maps of the picture's size and the float32 copies of one strip. Bytes of a strip for each
 # of its values, with 16-bit activations, as counted over the tensors of a run: at the last level, and where the map
@@ -40,8 +43,9 @@ def step_bytes(spec: FluxSpec, job: Job, activations: str, compute: str) -> int:
     """Tokens and everything made from them at the worst moment of a step, inputs and rotation included."""
     wide, narrow = TYPE_BYTES[activations], TYPE_BYTES[compute]
     unit = job.batch * spec.width
-    single = unit * job.tokens * ((3 + 2 * MLP_RATIO - 1) * wide + (MLP_RATIO + 2) * narrow)
-    double = unit * (2 * job.tokens * wide + _feed_forward(job, wide, narrow))
+    rows = narrow if compute in CODES else 0  # beside the values that they are made from
+    single = unit * job.tokens * ((3 + MLP_RATIO + 3) * wide + narrow + (MLP_RATIO + 1) * rows)
+    double = unit * (2 * job.tokens * wide + _feed_forward(job, wide, narrow, rows))
     worst = max(single if spec.num_single_layers else 0, double if spec.num_layers else 0)
     return worst + _input_bytes(spec, job, wide)
 
@@ -57,10 +61,10 @@ def _input_bytes(spec: FluxSpec, job: Job, wide: int) -> int:
     return inputs + 2 * job.tokens * spec.attention_head_dim * 4
 
 
-def _feed_forward(job: Job, wide: int, narrow: int) -> int:
+def _feed_forward(job: Job, wide: int, narrow: int, rows: int) -> int:
     """The larger stream's part of a double block: waiting residual, normed rows, hidden, rows and result."""
     tokens = max(job.image_tokens, job.text_tokens)
-    return tokens * (wide + narrow + MLP_RATIO * (wide + narrow) + wide)
+    return tokens * (wide + narrow + MLP_RATIO * (wide + rows) + wide)
 
 
 def vectors_bytes(spec: FluxSpec, job: Job, activations: str, steps: int) -> int:

@@ -52,6 +52,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Rows, pointwise: Pointwise) -> torch.Tensor:
         """Rows (batch, tokens, width) to (batch, tokens, width)."""
+        if self.up.fuses_gelu:
+            _, hidden = self.up.with_gelu(x, 0)
+            return self.down(self.down.rows(hidden, pointwise))
         hidden = self.up(x)
         return self.down(pointwise.gelu_rows(hidden, self.down.rows_type(hidden.dtype)))
 
@@ -140,8 +143,15 @@ class SingleBlock(nn.Module):
         """Change the state's tokens in place."""
         width, operators, pointwise = self.width, shared.operators, shared.operators.pointwise
         x = state.normed("all", vectors.norm, self.first.rows_type(state.dtype), pointwise)
-        buffer = self.first(x, state.empty((3 + MLP_RATIO) * width))
-        qkv, mlp = buffer[..., : 3 * width], buffer[..., 3 * width :]
+        fused = self.first.fuses_gelu and self.last.fuses_gelu
+        if fused:
+            qkv, mlp = self.first.with_gelu(x, 3 * width)
+        else:
+            buffer = self.first(x, state.empty((3 + MLP_RATIO) * width))
+            qkv, mlp = buffer[..., : 3 * width], buffer[..., 3 * width :]
         attended = operators.attention(qkv, shared.rotation, self.attn.head_norm, None, pointwise)
-        rows = pointwise.gelu_concat(attended, mlp, self.last.rows_type(state.dtype))
-        state.add("all", vectors.gate, self.last(rows), pointwise)
+        if fused:
+            y = self.last.of_parts(attended, mlp)
+        else:
+            y = self.last(pointwise.gelu_concat(attended, mlp, self.last.rows_type(state.dtype)))
+        state.add("all", vectors.gate, y, pointwise)
