@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gossamer.errors import InvalidOptionError, UnsupportedShapeError
+from gossamer.kernels.rehearsal import under_way
 
 PIECE_LARGEST = 4096
 PIECES_LARGEST = 32  # every piece is unrolled code
@@ -125,11 +126,18 @@ class Launch:
         self._run: Callable[..., object] | None = None  # stays None in Triton's interpreter
 
     def __call__(self, *tensors: object) -> None:
-        """Run the kernel on tensors, or descriptors of them, of the layouts that the plan was made for."""
+        """Run the kernel on tensors, or descriptors of them, of the layouts that the plan was made for.
+
+        In a rehearsal it does not run unless its machine code is there.
+        """
         plan = self._plan
         with torch.cuda.device(self._device):
             if self._run is not None:
                 self._run(*tensors, *plan.numbers)
+                return
+            rehearsal = under_way()
+            if rehearsal is not None:
+                rehearsal.ask(self._kernel, plan.grid, *tensors, *plan.numbers, num_warps=plan.warps)
                 return
             compiled = self._kernel[plan.grid](*tensors, *plan.numbers, num_warps=plan.warps)
             self._run = compiled[plan.grid] if compiled is not None else None
