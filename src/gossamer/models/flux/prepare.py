@@ -20,6 +20,7 @@ from gossamer.models.flux.blocks import DoubleBlock, SingleBlock
 from gossamer.models.flux.cuda_graphs import CudaGraphs
 from gossamer.models.flux.graph import GraphedSteps
 from gossamer.models.flux.operators import Operators, attention_through
+from gossamer.models.flux.rehearsal import FirstStep, unrehearsed
 from gossamer.models.flux.step import run_step
 from gossamer.models.flux.transformer import FluxTransformer
 from gossamer.models.flux_spec import SENSITIVE, is_modulation
@@ -56,7 +57,8 @@ def prepare(
 
     With `graphs`, repeated steps on an NVIDIA GPU are captured once and then replayed (see `graph`). `attention` is
     "auto" or "exact": whether its operands may be rounded to eight bits (see `kernels.backends`), which "auto" does in
-    models whose blocks multiply in fp8 anyway. `buffers` are for decoded weights, where other models share them.
+    models whose blocks multiply in fp8 anyway. Where there are kernels to compile, the first step is rehearsed (see
+    `rehearsal`). `buffers` are for decoded weights, where other models share them.
 
     Call it after the linears were packed and moved, and again after a move: stored bytes of linears that run as one
     are put side by side. `capability` is that of the model's device by default.
@@ -65,14 +67,14 @@ def prepare(
     capability = detect(device) if capability is None else capability
     head_dim = int(model.config["attention_head_dim"])
     require_attention_wish(attention)
-    wish_of = partial(_wish, wish=wish)
+    wish_of, pointwise = partial(_wish, wish=wish), pointwise_functions(capability)
     choices = execute(model, capability, wish_of, keeps_merged, head_dim, attention, is_modulation, buffers)
-    pointwise = pointwise_functions(capability)
     activations, compute = _activations(model, choices), _products(model, _groups(model))
     picked = attention_backend(capability, activations, head_dim, compute=compute, wish=attention).name
     model.operators = Operators(pointwise, attention_through(picked))
     join_groups(model)
     _enroll(model)
+    model.rehearsal = FirstStep() if pointwise.name == "triton" else unrehearsed
     why_not = _no_graphs(capability, graphs)
     model.stepper = GraphedSteps(CudaGraphs()) if why_not is None else run_step
     return Prepared(choices, pointwise.name, picked, "on" if why_not is None else f"off: {why_not}")

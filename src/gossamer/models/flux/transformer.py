@@ -30,6 +30,7 @@ from gossamer.models.flux.embeddings import Conditioning
 from gossamer.models.flux.lora_scale import lora_scale
 from gossamer.models.flux.modulation import AdaLN, Conditions, ModelVectors, Modulator, modulate, out_vectors
 from gossamer.models.flux.operators import Operators
+from gossamer.models.flux.rehearsal import Rehearsal, unrehearsed
 from gossamer.models.flux.residuals import repeat, spread
 from gossamer.models.flux.rope import rotation
 from gossamer.models.flux.seam import (
@@ -50,7 +51,7 @@ Residuals = Sequence[torch.Tensor] | None
 class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A drop-in for `diffusers.FluxTransformer2DModel`.
 
-    `runner`, `weights`, `stepper`, `operators` and `modulator` may be set.
+    `runner`, `weights`, `stepper`, `operators`, `modulator` and `rehearsal` may be set.
     """
 
     _no_split_modules: Any = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012 - declared without ClassVar by diffusers
@@ -90,6 +91,7 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
         self.weights: BlockWeights = Resident()
         self.operators = Operators()
         self.modulator: Modulator = modulate
+        self.rehearsal: Rehearsal = unrehearsed
         self._axes = tuple(axes_dims_rope)
         self._branch: str | None = None
 
@@ -130,6 +132,7 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """Embedding, all blocks, and the projection behind them: what `stepper` runs, or repeats."""
+        self.rehearsal(self, inputs)
         vectors, shared = inputs.vectors, Shared(inputs.rotation, self.operators)
         state = self._embed(inputs.image, inputs.text, inputs.branch)
         run_blocks(self._steps(vectors, shared, inputs.residuals), state, self.runner)
