@@ -14,7 +14,7 @@ import torch
 
 from gossamer.kernels.pointwise.backends import TORCH
 from gossamer.kernels.pointwise.launch import Launch, Plan
-from gossamer.kernels.rehearsal import rehearse, under_way
+from gossamer.kernels.rehearsal import hashed_meanwhile, rehearse, under_way
 
 pytest.importorskip("triton")
 
@@ -122,3 +122,13 @@ def test_triton_compiles_equal_code_once_in_threads_and_nothing_again(tmp_path):
     assert all(name.startswith("gossamer-compile") for name in facts["compiled"] + facts["loaded"])
     assert facts["rehearsed"] == 0
     assert (facts["compilations"], facts["loads"], facts["launches"]) == (3, 3, 4)
+
+
+def test_triton_hashes_itself_meanwhile(monkeypatch):
+    from triton.runtime import cache
+
+    hashed = []
+    monkeypatch.setattr(cache, "triton_key", lambda: hashed.append(True))
+    with pytest.raises(ValueError, match="inside"), hashed_meanwhile():
+        raise ValueError("inside")
+    assert hashed == [True]

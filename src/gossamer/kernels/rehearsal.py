@@ -10,9 +10,11 @@ has to write into tensors of its own, and what comes out means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from threading import Thread
 from typing import Any
 
 import torch
@@ -67,3 +69,16 @@ def _load(coming: Any, device: torch.device) -> None:
     compiled = coming.result() if hasattr(coming, "result") else coming
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         compiled[1, 1, 1]
+
+
+@contextmanager
+def hashed_meanwhile() -> Iterator[None]:
+    """Inside, Triton hashes its own 400 MB in a thread, which the first kernel of a process would wait for."""
+    from triton.runtime.cache import triton_key
+
+    hashing = Thread(target=triton_key, name="gossamer-hash")
+    hashing.start()
+    try:
+        yield
+    finally:
+        hashing.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,6 +14,7 @@ from gossamer.kernels.backends import attention_backend
 from gossamer.kernels.capability import Capability
 from gossamer.kernels.choice import Choice
 from gossamer.kernels.detect import detect
+from gossamer.kernels.rehearsal import hashed_meanwhile
 from gossamer.kernels.wishes import require_attention_wish
 from gossamer.layers import Buffers, LinearGroup
 from gossamer.models.execute import TYPES, execute, pointwise_functions
@@ -58,7 +60,7 @@ def prepare(
     With `graphs`, repeated steps on an NVIDIA GPU are captured once and then replayed (see `graph`). `attention` is
     "auto" or "exact": whether its operands may be rounded to eight bits (see `kernels.backends`), which "auto" does in
     models whose blocks multiply in fp8 anyway. Where there are kernels to compile, the first step is rehearsed (see
-    `rehearsal`). `buffers` are for decoded weights, where other models share them.
+    `rehearsal`), and Triton hashes itself meanwhile. `buffers` are for decoded weights, where other models share them.
 
     Call it after the linears were packed and moved, and again after a move: stored bytes of linears that run as one
     are put side by side. `capability` is that of the model's device by default.
@@ -68,13 +70,15 @@ def prepare(
     head_dim = int(model.config["attention_head_dim"])
     require_attention_wish(attention)
     wish_of, pointwise = partial(_wish, wish=wish), pointwise_functions(capability)
-    choices = execute(model, capability, wish_of, keeps_merged, head_dim, attention, is_modulation, buffers)
-    activations, compute = _activations(model, choices), _products(model, _groups(model))
-    picked = attention_backend(capability, activations, head_dim, compute=compute, wish=attention).name
-    model.operators = Operators(pointwise, attention_through(picked))
-    join_groups(model)
-    _enroll(model)
-    model.rehearsal = FirstStep() if pointwise.name == "triton" else unrehearsed
+    compiles = pointwise.name == "triton"
+    with hashed_meanwhile() if compiles else nullcontext():
+        choices = execute(model, capability, wish_of, keeps_merged, head_dim, attention, is_modulation, buffers)
+        activations, compute = _activations(model, choices), _products(model, _groups(model))
+        picked = attention_backend(capability, activations, head_dim, compute=compute, wish=attention).name
+        model.operators = Operators(pointwise, attention_through(picked))
+        join_groups(model)
+        _enroll(model)
+    model.rehearsal = FirstStep() if compiles else unrehearsed
     why_not = _no_graphs(capability, graphs)
     model.stepper = GraphedSteps(CudaGraphs()) if why_not is None else run_step
     return Prepared(choices, pointwise.name, picked, "on" if why_not is None else f"off: {why_not}")
