@@ -14,7 +14,7 @@ from gossamer.kernels.decode_tiles import (
     byte_values,
     in_row_units,
     load_half,
-    load_words,
+    load_long_words,
     look_up,
     parts_inside,
     steps,
@@ -82,16 +82,16 @@ def legacy_tile(
     inside = parts_inside(first, width, 32, COLS, EVEN)
     WORD: tl.constexpr = word_bytes(with_minimum, RUN)
     if FORMAT == "Q8_0":
-        word = load_words(block + START, inside, 8, with_minimum, RUN)
+        word = load_long_words(block + START, inside, 8, with_minimum, RUN)
         value = byte_values(word ^ -0x7F7F7F80, WORD, 128, SHORT)
     elif FORMAT == "IQ4_NL":
-        value = nibble_levels(levels, load_words(block + START, inside, 4, with_minimum, RUN), WORD, SHORT, RUN)
+        value = nibble_levels(levels, load_long_words(block + START, inside, 4, with_minimum, RUN), WORD, SHORT, RUN)
     elif (FORMAT == "Q4_0") | (FORMAT == "Q4_1"):
-        word = nibbles(load_words(block + START, inside, 4, with_minimum, RUN))
+        word = nibbles(load_long_words(block + START, inside, 4, with_minimum, RUN))
         value = byte_values(word, WORD, 0 if with_minimum else 8, SHORT)
     else:
         tl.static_assert((FORMAT == "Q5_0") | (FORMAT == "Q5_1"))
-        low = load_words(block + START + 4, inside, 4, with_minimum, RUN)
+        low = load_long_words(block + START + 4, inside, 4, with_minimum, RUN)
         again = block_starts(blocks, begin, rows, first, row_bytes, 32, 32, BYTES, ROWS, COLS)
         word = nibbles(low) | _fifth_bits(again + START, parts_inside(first, width, 32, COLS, EVEN), WORD)
         value = byte_values(word, WORD, 0 if with_minimum else 16, SHORT)
