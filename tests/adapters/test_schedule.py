@@ -72,21 +72,24 @@ def test_an_end_in_the_middle(model, error):
     assert scales(model) == before
 
 
-def test_an_interruption_in_the_middle_of_a_change(model, monkeypatch):
-    """Some layers have the new scale by then, and the record does not know of it."""
-    before, calls, change = scales(model), [], QuantLinear.set_scale
+def test_an_interruption_in_the_middle_of_a_change(model, monkeypatch, paint):
+    """Some layers were told of the new scale by then, and none has it."""
+    before, picture, calls, change = scales(model), paint(model), [], QuantLinear.changed
 
-    def interrupted(layer, name, scale):
-        calls.append(name)
+    def interrupted(layer):
+        calls.append(layer)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        change(layer, name, scale)
+        change(layer)
 
-    monkeypatch.setattr(QuantLinear, "set_scale", interrupted)
+    monkeypatch.setattr(QuantLinear, "changed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model, {"style": lambda _: 0.0}, lambda at_step: at_step(0))
-    assert len(calls) > 5
+    assert len(calls) == 5
     assert scales(model) == before
+    assert torch.equal(paint(model), picture)
+    set_scale(model, "style", 0.0)
+    assert {scale for (_, name), scale in scales(model)[1].items() if name == "style"} == {0.0}
 
 
 def test_an_adapter_that_is_not_there(model):

@@ -12,7 +12,7 @@ from torch import nn
 from gossamer.formats import pack
 from gossamer.kernels.pointwise import Rows
 from gossamer.kernels.pointwise.backends import TORCH
-from gossamer.layers import Execution, LinearGroup, LowRank, QuantLinear, Workspace
+from gossamer.layers import Difference, Execution, LinearGroup, LowRank, QuantLinear, Strength, Workspace
 
 WIDTH = 256
 OUTS = (32, 16, 48)
@@ -190,6 +190,83 @@ def test_a_scale_that_passes_through_zero_between_two_calls_is_seen():
     term.scale = 0.7
     layers[0].add(term)
     assert torch.equal(group(Rows(x)), full)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("operand", [torch.float32, torch.float8_e4m3fn, torch.int8])
+def test_new_scales_are_seen_in_a_merged_copy(operand, bias):
+    """One layer's difference makes the whole group a merged copy, with the low-rank terms of the others in it."""
+
+    def group_with(first, second):
+        layers = packed_layers("nf4")
+        layers[0].add(low_rank("style", OUTS[0], 3, first, bias))
+        torch.manual_seed(4)
+        layers[1].add(Difference("change", torch.randn(OUTS[1], WIDTH) * 0.02, second))
+        return layers, group_of(executed(layers, operand))
+
+    x = torch.randn(2, 6, WIDTH)
+    layers, group = group_with(0.7, 0.5)
+    rows = group.rows(x, TORCH)
+    before = group(rows)
+    for place, name, scales in ((0, "style", (0.2, 0.5)), (1, "change", (0.2, -0.4))):
+        layers[place].set_scale(name, scales[place])
+        expected = group_with(*scales)[1](rows)
+        assert torch.equal(group(rows), expected)
+        assert not torch.equal(expected, before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("operand", [torch.float32, torch.float8_e4m3fn, torch.int8])
+def test_terms_that_share_a_strength(operand, joined):
+    """One write reaches all of them; one that is set alone leaves, and comes back when it shares again."""
+
+    def group_with(*scales):
+        layers = packed_layers("nf4")
+        for layer, out, scale in zip(layers, OUTS, scales, strict=True):
+            layer.add(low_rank("style", out, 3, scale))
+        group = group_of(executed(layers, operand))
+        if joined:
+            group.join()
+        return layers, group
+
+    def require(*scales):
+        assert torch.equal(group(rows), group_with(*scales)[1](rows))
+
+    layers, group = group_with(0.5, 0.25, -1.0)
+    rows, strength = group.rows(torch.randn(2, 6, WIDTH), TORCH), Strength(1.0)
+    for layer, multiplier in zip(layers, (0.5, 0.25, -1.0), strict=True):
+        layer.share("style", strength, multiplier)
+    require(0.5, 0.25, -1.0)
+    revisions = [layer.revision for layer in layers]
+    strength.become(3.0)
+    require(1.5, 0.75, -3.0)
+    layers[1].set_scale("style", 0.4)
+    require(1.5, 0.4, -3.0)
+    strength.become(-2.0)
+    require(-1.0, 0.4, 2.0)
+    layers[1].share("style", strength, 0.25)
+    strength.become(0.5)
+    require(0.25, 0.125, -0.5)
+    assert revisions == [layer.revision for layer in layers]
+
+
+@torch.inference_mode()
+def test_a_strength_reaches_those_who_showed_the_scale_before():
+    """The only term leaves before anything ran with the shared strength, and comes back after."""
+    layers, strength, x = packed_layers("nf4"), Strength(0.7), torch.randn(1, 3, WIDTH)
+    term = low_rank("style", OUTS[0], 3)
+    term.share(strength, 1.0)
+    layers[0].add(term)
+    group = group_of(executed(layers, torch.float32))
+    layers[0].set_scale("style", 0.2)
+    low = group(Rows(x))
+    layers[0].share("style", strength, 1.0)
+    full = group(Rows(x))
+    strength.become(0.2)
+    assert torch.equal(group(Rows(x)), low)
+    assert not torch.equal(full, low)
 
 
 @torch.inference_mode()

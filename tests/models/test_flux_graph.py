@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-from gossamer.adapters import Adapter, LowRankTerm, attach, detach, set_scale
+from gossamer.adapters import Adapter, DifferenceTerm, LowRankTerm, attach, detach, set_scale
 from gossamer.models.flux import GraphedSteps, from_diffusers, prepare, run_block, run_step
 from gossamer.models.flux.graph import KEPT
 from gossamer.models.flux_spec import FluxSpec, linear_shapes
@@ -154,6 +154,27 @@ def test_adapters_come_change_and_go_between_steps(twins, make_inputs, storage, 
         detach(model, "style")
         attach(model, adapter_of(model, seed=4), "other")
     assert run(models, inputs)[1:] == [CAPTURED, REPLAYED]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wish", ["fp32", "fp8"])
+def test_a_new_strength_is_written_into_merged_copies_in_place(twins, make_inputs, wish):
+    models = twins(wish=wish)
+    inputs = make_inputs(models[0].config)
+    for model in models:
+        spec = FluxSpec.from_config(model.config)
+        attach(model, adapter_of(model), "style", 0.7)
+        shapes = {name: shape for name, shape in linear_shapes(spec).items() if name.endswith("attn.to_k")}
+        terms = {name: DifferenceTerm(torch.randn(*shape) * 0.02) for name, shape in shapes.items()}
+        attach(model, Adapter(spec, terms), "change", 0.5)
+    assert run(models, inputs)[1:] == [CAPTURED, REPLAYED]
+    seen = [require_same(models, inputs)]
+    for name, strength in (("style", 0.3), ("change", -0.4)):
+        for model in models:
+            set_scale(model, name, strength)
+        seen.append(require_same(models, inputs))
+        assert models[0].stepper.last == REPLAYED
+        assert not torch.equal(seen[-1], seen[-2])
 
 
 @torch.inference_mode()

@@ -1,11 +1,12 @@
 """Adapters: one canonical form for every file spelling; attach to a quantised model, scale, detach without a trace."""
 
 from gossamer.adapters.adapter import Adapter
-from gossamer.adapters.attach import Attachment, attach, attached, base_spec, detach, set_scale
+from gossamer.adapters.attach import attach, base_spec, detach, set_scale
 from gossamer.adapters.cost import Cost
 from gossamer.adapters.fuse import fuse, fused_adapters, unfuse
 from gossamer.adapters.fuse_report import FuseReport
 from gossamer.adapters.read import read_adapter
+from gossamer.adapters.records import Attachment, attached
 from gossamer.adapters.terms import (
     BiasTerm,
     DecomposedTerm,

@@ -7,7 +7,7 @@ as it was. What is attached is remembered on the model itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,72 +16,23 @@ from torch import nn
 from gossamer.adapters import control
 from gossamer.adapters.adapter import INPUT_LAYER, TRANSFORMER, Adapter, allowed_input_widths, describe
 from gossamer.adapters.build import layer_term
-from gossamer.adapters.cost import Cost, cost_of
-from gossamer.adapters.norms import NormChange, new_change, set_norms
+from gossamer.adapters.cost import cost_of
+from gossamer.adapters.norms import NormChange, new_change
+from gossamer.adapters.places import Places
+from gossamer.adapters.records import Attachment, attached, find, remember, set_records, show_norms
 from gossamer.adapters.terms import DecomposedTerm, LinearTerm
 from gossamer.adapters.text_encoders import TextEncoders, text_norms, text_targets
 from gossamer.errors import AdapterError, WrongModelError
-from gossamer.layers import Decomposed, QuantLinear, Term
+from gossamer.layers import Decomposed, QuantLinear, Strength, Term
 from gossamer.layers.moves import move_terms
 from gossamer.models.flux_spec import FluxSpec
 from gossamer.models.swap import linear_layers
 
 Values = Mapping[str, torch.Tensor]
 
-Step = tuple[Mapping[str, nn.Module | None], str, nn.Module]  # the children of a module, a name, and its child
+Targets = list[tuple[QuantLinear, LinearTerm]]
 
-RECORD = "attached_adapters"
 LARGEST_STRENGTH = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """Layers by name, and how each was reached: a module by its parent's children and its name there.
-
-    So whether they are still in their places is known without a walk through the whole model.
-    """
-
-    layers: Mapping[str, QuantLinear]
-    steps: tuple[Step, ...]
-
-    @staticmethod
-    def of(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Places:
-        """The places of these layers."""
-        steps: dict[str, Step] = {}
-        for name in layers:
-            _reach(model, name, steps)
-        return Places(layers, tuple(steps.values()))
-
-    def hold(self) -> bool:
-        """Whether nothing on the way was replaced."""
-        return all(children.get(name) is module for children, name, module in self.steps)
-
-
-def _reach(model: nn.Module, path: str, steps: dict[str, Step]) -> nn.Module:
-    """The module of a dotted name that the model has; each step of the way is taken once and remembered."""
-    if not path:
-        return model
-    if path not in steps:
-        above, _, name = path.rpartition(".")
-        children = _reach(model, above, steps)._modules
-        steps[path] = (children, name, cast(nn.Module, children[name]))
-    return steps[path][2]
-
-
-@dataclass(frozen=True, eq=False)
-class Attachment:
-    """An adapter on a model: its strength, what it does to norms by component, where its terms are, and its memory."""
-
-    adapter: Adapter
-    scale: float
-    places: Places
-    norms: Mapping[str, NormChange] = field(default_factory=dict)
-    cost: Cost = field(default_factory=Cost)
-
-
-def attached(model: nn.Module) -> dict[str, Attachment]:
-    """What is attached to the model by name, in order of attachment."""
-    return dict(model.__dict__.get(RECORD, {}))
 
 
 def base_spec(model: nn.Module) -> FluxSpec:
@@ -106,15 +57,15 @@ def attach(
     `detach`: {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}.
     """
     layers, encoders = linear_layers(model), text_encoders or {}
-    spec = _base_spec(model, layers)
-    texts, norms = text_targets(adapter, encoders), _norms(model, adapter, encoders, scale)
+    spec, strength, multipliers = _base_spec(model, layers), Strength(scale), _multipliers(adapter)
+    texts, norms = text_targets(adapter, encoders), _norms(model, adapter, encoders, strength)
     _check(model, [*layers.values(), *(layer for layer, _ in texts)], spec, adapter, name)
     _check_terms(model, layers, adapter)
-    _check_scale(adapter, name, scale)
+    _check_scale(multipliers, name, scale)
     width = max(layers[INPUT_LAYER].in_features, adapter.input_channels or 0)
     # on the device before anything else: an allocation that fails leaves the model as it was
-    terms = {layers[target]: layer_term(layers[target], term, name, scale) for target, term in adapter.terms.items()}
-    text_terms = {layer: layer_term(layer, term, name, scale) for layer, term in texts}
+    own = ((layers[target], term) for target, term in adapter.terms.items())
+    terms, text_terms = ({layer: layer_term(layer, of, name, strength) for layer, of in each} for each in (own, texts))
     move_terms((term, layer.device) for layer, term in (*terms.items(), *text_terms.items()))
     _share_norms(layers, adapter.terms, terms)
     if layers[INPUT_LAYER] in terms:
@@ -122,19 +73,19 @@ def attach(
     control.set_input_width(model, layers[INPUT_LAYER], width)
     for layer, term in (*terms.items(), *text_terms.items()):
         layer.add(term)
-    cost = sum((cost_of(encoder, text_terms) for encoder in encoders.values()), start=Cost(0))
+    cost = sum((cost_of(encoder, text_terms) for encoder in encoders.values()), start=cost_of(model, terms))
     places = Places.of(model, {target: layers[target] for target in adapter.terms})
-    record = Attachment(adapter, scale, places, norms, cost_of(model, terms) + cost)
-    _set_records(model, encoders, {**attached(model), name: record})
+    record = Attachment(adapter, strength, multipliers, places, strength.changes, norms, cost)
+    set_records(model, encoders, {**attached(model), name: record})
 
 
 def detach(model: nn.Module, name: str, text_encoders: TextEncoders | None = None) -> Adapter:
     """Take an adapter off; the model is then as if it had never been there. Hands the adapter back."""
-    record, targets = _find(model, name, text_encoders)
-    for layer, _ in targets:
+    record, encoders = find(model, name), text_encoders or {}
+    for layer, _ in _in_place(record, name, encoders):
         layer.remove(name)
     others = {other: attachment for other, attachment in attached(model).items() if other != name}
-    _set_records(model, text_encoders or {}, others)
+    set_records(model, encoders, others)
     widths = [attachment.adapter.input_channels or 0 for attachment in others.values()]
     first = model.get_submodule(INPUT_LAYER)
     if isinstance(first, QuantLinear):
@@ -143,13 +94,31 @@ def detach(model: nn.Module, name: str, text_encoders: TextEncoders | None = Non
 
 
 def set_scale(model: nn.Module, name: str, scale: float, text_encoders: TextEncoders | None = None) -> None:
-    """Change an adapter's strength from the next call on. Norm scales that it replaced stay replaced."""
-    record, targets = _find(model, name, text_encoders)
-    _check_scale(record.adapter, name, scale)
+    """Change an adapter's strength from the next call on. Norm scales that it replaced stay replaced.
+
+    That is one number for all terms. Layers are looked at only where an adapter is switched on or off, changes text
+    encoders, or does not share its strength with all of its terms any more.
+    """
+    record, encoders = find(model, name), text_encoders or {}
+    crosses = any((record.scale * own == 0) != (scale * own == 0) for own in record.multipliers)
+    alone = not record.in_place() or bool(record.adapter.text_components)
+    targets = _in_place(record, name, encoders) if crosses or alone else []
+    _check_scale(record.multipliers, name, scale)
+    if alone:
+        record = _gathered(model, record, name, targets)
     for layer, term in targets:
-        layer.set_scale(name, scale * term.multiplier)
-    norms = {component: change.at(scale) for component, change in record.norms.items()}
-    _set_records(model, text_encoders or {}, {**attached(model), name: replace(record, scale=scale, norms=norms)})
+        if (record.scale * term.multiplier == 0) != (scale * term.multiplier == 0):
+            layer.changed()
+    record.strength.become(scale)  # last, so that a change that is interrupted is none
+    records = attached(model)
+    show_norms(model, encoders, record.norms, records, records)
+
+
+def _gathered(model: nn.Module, record: Attachment, name: str, targets: Targets) -> Attachment:
+    """Have all terms share the adapter's strength, as some may have been set on their layers alone, or copied."""
+    for layer, term in targets:
+        layer.share(name, record.strength, term.multiplier)
+    return remember(model, name, replace(record, seen=record.strength.changes))
 
 
 def _share_norms(
@@ -172,13 +141,13 @@ def _share_norm(layers: Iterable[QuantLinear], made: Mapping[QuantLinear, Term])
         term.norm = norm
 
 
-def _norms(model: nn.Module, adapter: Adapter, encoders: TextEncoders, scale: float) -> dict[str, NormChange]:
+def _norms(model: nn.Module, adapter: Adapter, encoders: TextEncoders, strength: Strength) -> dict[str, NormChange]:
     """What the adapter does to norms, by component; nothing is changed yet."""
     records = attached(model).values()
 
     def change(component: str, module: nn.Module, replaced: Values, added: Values) -> NormChange:
         there = [record.norms[component] for record in records if component in record.norms]
-        return new_change(module, there, replaced, added, scale)
+        return new_change(module, there, replaced, added, strength)
 
     texts = text_norms(adapter, encoders).items()
     found = {component: change(component, encoders[component], {}, of_one) for component, of_one in texts}
@@ -188,36 +157,12 @@ def _norms(model: nn.Module, adapter: Adapter, encoders: TextEncoders, scale: fl
     return found
 
 
-def _set_records(model: nn.Module, encoders: TextEncoders, records: Mapping[str, Attachment]) -> None:
-    """Bring the norms to what these records say, and remember them."""
-    before = attached(model)
-    for component in dict.fromkeys(of for record in (*before.values(), *records.values()) for of in record.norms):
-        if component != TRANSFORMER and component not in encoders:
-            continue  # nothing of it changes: an adapter that changes it cannot come, go or be scaled without it
-        module = model if component == TRANSFORMER else encoders[component]
-        changes = ([of.norms[component] for of in each.values() if component in of.norms] for each in (before, records))
-        set_norms(module, *changes)
-    if records:
-        setattr(model, RECORD, dict(records))
-    else:
-        model.__dict__.pop(RECORD, None)
-
-
-def _find(
-    model: nn.Module, name: str, text_encoders: TextEncoders | None
-) -> tuple[Attachment, list[tuple[QuantLinear, LinearTerm]]]:
-    """The record of an adapter all of whose terms are still in place, and each of them with its layer."""
-    records = attached(model)
-    if name not in records:
-        raise AdapterError(
-            f"No adapter called {name!r} is attached.",
-            f"Attached: {', '.join(records) or 'none'}.",
-            "Use one of the attached names.",
-        )
-    adapter, places = records[name].adapter, records[name].places
+def _in_place(record: Attachment, name: str, encoders: TextEncoders) -> Targets:
+    """Each layer that the adapter changes, with its term there; all of them are still in place."""
+    adapter, places = record.adapter, record.places
     lost = [target for target, layer in places.layers.items() if not layer.has(name)]
     lost += [] if places.hold() else list(places.layers)[:1]
-    texts = text_targets(adapter, text_encoders or {})
+    texts = text_targets(adapter, encoders)
     lost += ["the text encoders" for layer, _ in texts if not layer.has(name)]
     if lost:
         raise AdapterError(
@@ -225,7 +170,13 @@ def _find(
             "Something removed terms from single layers, or replaced layers, since the adapter was attached.",
             "Load the model again.",
         )
-    return records[name], [*((places.layers[target], term) for target, term in adapter.terms.items()), *texts]
+    return [*((places.layers[target], term) for target, term in adapter.terms.items()), *texts]
+
+
+def _multipliers(adapter: Adapter) -> frozenset[float]:
+    """Those of all terms, each once."""
+    groups = (adapter.terms, *adapter.text.values())
+    return frozenset(term.multiplier for terms in groups for term in terms.values())
 
 
 # checks
@@ -260,10 +211,9 @@ def _check_sizes(spec: FluxSpec, adapter: Adapter) -> None:
         )
 
 
-def _check_scale(adapter: Adapter, name: str, scale: float) -> None:
+def _check_scale(multipliers: Iterable[float], name: str, scale: float) -> None:
     """Scale times multiplier is a float32 number in every term, as the products need it."""
-    groups = (adapter.terms, *adapter.text.values())
-    strengths = (scale * term.multiplier for terms in groups for term in terms.values())
+    strengths = (scale * multiplier for multiplier in multipliers)
     unusable = next((strength for strength in strengths if not abs(strength) <= LARGEST_STRENGTH), None)  # NaN too
     if unusable is not None:
         raise AdapterError(

@@ -24,7 +24,7 @@ from gossamer.adapters.terms import (
     LinearTerm,
     LowRankTerm,
 )
-from gossamer.layers import Decomposed, Difference, Hadamard, Kronecker, LowRank, QuantLinear, Term
+from gossamer.layers import Decomposed, Difference, Hadamard, Kronecker, LowRank, QuantLinear, Strength, Term
 
 # the largest rank whose cost a step was measured at: 1 to 10 %, where a merged copy costs as much as the weight
 LARGEST_RANK = 64
@@ -32,43 +32,41 @@ LARGEST_RANK = 64
 Factors = tuple[torch.Tensor, torch.Tensor]  # up (out, rank), down (rank, in)
 
 
-def layer_term(layer: QuantLinear, term: LinearTerm, name: str, scale: float) -> Term:
-    """What the layer adds, acting `scale` times; not on the layer's device yet."""
-    return _made(layer, term, name, scale * term.multiplier)
-
-
-def _made(layer: QuantLinear, term: LinearTerm, name: str, scale: float) -> Term:
+def layer_term(layer: QuantLinear, term: LinearTerm, name: str, strength: Strength) -> Term:
+    """What the layer adds, acting with a strength; not on the layer's device yet."""
+    factor, bias = term.multiplier, term.bias
     match term:
         case LowRankTerm():
-            return LowRank(name, term.down, term.up, scale, term.bias)
+            return LowRank(name, term.down, term.up, factor, bias, strength)
         case BiasTerm():
-            return _no_change(layer, term, name, scale)
+            return LowRank(name, *_no_change(layer, term), factor, bias, strength)
         case DifferenceTerm():
-            return Difference(name, term.matrix, scale, term.bias)
+            return Difference(name, term.matrix, factor, bias, strength)
         case DecomposedTerm():
-            inner = _made(layer, term.inner, name, term.inner.multiplier)
-            return Decomposed(name, inner, term.magnitude, scale, term.bias)
+            inner = layer_term(layer, term.inner, name, Strength())
+            return Decomposed(name, inner, term.magnitude, factor, bias, strength=strength)
         case KroneckerTerm() | HadamardTerm():
             factors = low_rank_factors(term)
             if factors is not None:
-                return LowRank(name, factors[1], factors[0], scale, term.bias)
-            return _kronecker(term, name, scale) if isinstance(term, KroneckerTerm) else _hadamard(term, name, scale)
+                return LowRank(name, factors[1], factors[0], factor, bias, strength)
+            make = _kronecker if isinstance(term, KroneckerTerm) else _hadamard
+            return make(term, name, strength)  # type: ignore[arg-type]
     raise TypeError(f"no layer adds a {type(term).__name__}")
 
 
-def _no_change(layer: QuantLinear, term: BiasTerm, name: str, scale: float) -> LowRank:
-    """A rank of one that adds zeros: a term needs one to carry its bias."""
+def _no_change(layer: QuantLinear, term: BiasTerm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down, up) of a rank of one that adds zeros: a term needs one to carry its bias."""
     dtype = term.bias.dtype
-    down, up = torch.zeros(1, layer.in_features, dtype=dtype), torch.zeros(layer.out_features, 1, dtype=dtype)
-    return LowRank(name, down, up, scale, term.bias)
+    return torch.zeros(1, layer.in_features, dtype=dtype), torch.zeros(layer.out_features, 1, dtype=dtype)
 
 
-def _kronecker(term: KroneckerTerm, name: str, scale: float) -> Kronecker:
-    return Kronecker(name, term.left.value(), term.right.value(), scale, term.bias, term.kept)
+def _kronecker(term: KroneckerTerm, name: str, strength: Strength) -> Kronecker:
+    return Kronecker(name, term.left.value(), term.right.value(), term.multiplier, term.bias, term.kept, strength)
 
 
-def _hadamard(term: HadamardTerm, name: str, scale: float) -> Hadamard:
-    return Hadamard(name, term.up, term.down, term.other_up, term.other_down, scale, term.bias)
+def _hadamard(term: HadamardTerm, name: str, strength: Strength) -> Hadamard:
+    factors = term.up, term.down, term.other_up, term.other_down
+    return Hadamard(name, *factors, term.multiplier, term.bias, strength)
 
 
 # as low-rank terms ----------------------------------------------------------------------------------------------------

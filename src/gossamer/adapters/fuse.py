@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from gossamer.adapters.adapter import TRANSFORMER
-from gossamer.adapters.attach import Attachment, attach, attached, detach
+from gossamer.adapters.attach import attach, detach
 from gossamer.adapters.fuse_layers import LayerFuser, Original, restore
 from gossamer.adapters.fuse_report import FuseReport
+from gossamer.adapters.records import Attachment, attached
 from gossamer.adapters.text_encoders import TextEncoders, text_targets
 from gossamer.errors import AdapterError
 from gossamer.formats import find_format

@@ -8,10 +8,12 @@ The original parameters are kept aside and come back themselves, so that nothing
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from gossamer.layers import Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +23,7 @@ class NormChange:
     originals: Mapping[str, nn.Parameter]
     replacements: Mapping[str, torch.Tensor]
     differences: Mapping[str, torch.Tensor]
-    scale: float
-
-    def at(self, scale: float) -> NormChange:
-        """The same at another scale."""
-        return replace(self, scale=scale)
+    strength: Strength
 
 
 def new_change(
@@ -33,13 +31,13 @@ def new_change(
     there: Iterable[NormChange],
     replacements: Mapping[str, torch.Tensor],
     differences: Mapping[str, torch.Tensor],
-    scale: float,
+    strength: Strength,
 ) -> NormChange:
     """A change of these parameters, beside those that are there already; nothing is done yet."""
     known = {name: original for change in there for name, original in change.originals.items()}
     names = dict.fromkeys((*replacements, *differences))
     originals = {name: known[name] if name in known else module.get_parameter(name) for name in names}
-    return NormChange(originals, replacements, differences, scale)
+    return NormChange(originals, replacements, differences, strength)
 
 
 def set_norms(module: nn.Module, before: Sequence[NormChange], after: Sequence[NormChange]) -> None:
@@ -63,7 +61,7 @@ def _value(name: str, original: nn.Parameter, changing: Sequence[NormChange]) ->
     value = (replaced[0] if replaced else original.detach()).to(original.device, torch.float32, copy=True)
     for change in changing:
         if name in change.differences:
-            value.add_(change.differences[name].to(value), alpha=change.scale)
+            value.add_(change.differences[name].to(value), alpha=change.strength.value)
     return value.to(original.dtype)
 
 

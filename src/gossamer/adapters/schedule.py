@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from gossamer.adapters.attach import attached, set_scale
+from gossamer.adapters.attach import set_scale
+from gossamer.adapters.records import attached
 from gossamer.adapters.text_encoders import TextEncoders
 from gossamer.errors import AdapterError
 
@@ -37,7 +38,7 @@ def over_steps(
 
     with ExitStack() as undo:
         for name, scale in scales.items():
-            # always, because a change that was interrupted is not on record
+            # always, because a change that was interrupted may not have come to all norms
             undo.callback(set_scale, model, name, scale, text_encoders)
         yield at_step
 

@@ -6,6 +6,7 @@ from gossamer.layers.group import LinearGroup
 from gossamer.layers.linear import QuantLinear
 from gossamer.layers.low_rank import LowRank
 from gossamer.layers.stored import StoredWeight
+from gossamer.layers.strength import Strength
 from gossamer.layers.term import Term
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LowRank",
     "QuantLinear",
     "StoredWeight",
+    "Strength",
     "Term",
     "Workspace",
 ]

@@ -11,12 +11,13 @@ Formulas: LyCORIS (Yeh et al., 2023), FedPara (Hyeon-Woo et al., 2022), DoRA (Li
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from gossamer.layers.strength import Strength
 from gossamer.layers.term import Term
 
 
@@ -31,9 +32,10 @@ class Kronecker(Term):
     name: str
     left: torch.Tensor
     right: torch.Tensor
-    scale: float = 1.0
+    multiplier: float = 1.0
     bias: torch.Tensor | None = None
     kept: tuple[tuple[int, int], ...] = ()
+    strength: Strength = field(default_factory=Strength)
 
     def __post_init__(self) -> None:
         self._require(
@@ -54,7 +56,8 @@ class Kronecker(Term):
         """A Kronecker product with more columns is none; the matrix itself has them."""
         if in_features == self.in_features:
             return self
-        return Difference(self.name, self.delta(self.left), self.scale, self.bias).widened(in_features)
+        whole = Difference(self.name, self.delta(self.left), self.multiplier, self.bias, self.strength)
+        return whole.widened(in_features)
 
     def delta(self, base: torch.Tensor) -> torch.Tensor:
         """Its rows of kron(left, right), in float32."""
@@ -81,8 +84,9 @@ class Hadamard(Term):
     down: torch.Tensor
     other_up: torch.Tensor
     other_down: torch.Tensor
-    scale: float = 1.0
+    multiplier: float = 1.0
     bias: torch.Tensor | None = None
+    strength: Strength = field(default_factory=Strength)
 
     def __post_init__(self) -> None:
         pairs = ((self.up, self.down), (self.other_up, self.other_down))
@@ -118,8 +122,9 @@ class Difference(Term):
     tensor_fields: ClassVar[tuple[str, ...]] = ("matrix", "bias")
     name: str
     matrix: torch.Tensor
-    scale: float = 1.0
+    multiplier: float = 1.0
     bias: torch.Tensor | None = None
+    strength: Strength = field(default_factory=Strength)
 
     def __post_init__(self) -> None:
         self._require(self.matrix.dim() == 2, lambda: f"The difference is {tuple(self.matrix.shape)}, not a matrix.")
@@ -150,9 +155,10 @@ class Decomposed(Term):
     name: str
     inner: Term
     magnitude: torch.Tensor
-    scale: float = 1.0
+    multiplier: float = 1.0
     bias: torch.Tensor | None = None
     norm: torch.Tensor | None = None
+    strength: Strength = field(default_factory=Strength)
 
     def __post_init__(self) -> None:
         fitting = ((self.inner.out_features, 1), (1, self.inner.in_features))

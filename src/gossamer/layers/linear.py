@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from gossamer.errors import AdapterError
 from gossamer.formats import Packed
 from gossamer.layers.execution import Execution
-from gossamer.layers.low_rank import LowRank
 from gossamer.layers.product import GroupProduct, as_rows
 from gossamer.layers.stored import StoredWeight
+from gossamer.layers.strength import Strength
 from gossamer.layers.term import Term
 
 
@@ -66,12 +66,12 @@ class QuantLinear(nn.Module):
 
     @execution.setter
     def execution(self, execution: Execution | None) -> None:
-        self._changed()
+        self.changed()
         self._execution = execution
         self.stored.watcher = None if execution is None else execution.workspace.terms
-        self._changed()
+        self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         """Count a change of structure, here and in the model that the layer is part of."""
         vars(self)["revision"] += 1  # as self.revision, without torch's search for a parameter of that name
         if self._execution is not None:
@@ -93,18 +93,18 @@ class QuantLinear(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """What an assignment to `bias` calls: another one is a change."""
         super().register_parameter(name, param)
-        self._changed()
+        self.changed()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Take another bias; the weight counts its loads itself."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._changed()
+        self.changed()
 
     def rebase(self, stored: StoredWeight, bias: nn.Parameter | None) -> None:
         """Take another base weight and bias in place of the own ones; width, terms and execution stay."""
         stored.watcher = self.stored.watcher
         self.stored, self.bias = stored, bias
-        self._changed()
+        self.changed()
 
     def forget(self) -> None:
         """Drop what was made for the next products; it is made again when they come."""
@@ -140,28 +140,33 @@ class QuantLinear(nn.Module):
                 "Check that the adapter was made for this model; a Control LoRA needs its input layer widened first.",
             )
         term.move(self.device)
+        term.strength.changes += 1
         self._adapters[term.name] = term
-        self._changed()
+        self.changed()
 
     def remove(self, name: str) -> Term:
         """Detach an adapter and hand it back."""
         term = self._adapter(name)
+        term.strength.changes += 1
         del self._adapters[name]
-        self._changed()
+        self.changed()
         return term
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Change an adapter's strength from the next call on.
+        """Change an adapter's strength on this layer alone, from the next call on.
 
-        Where a low-rank term is on before and after, that is a number in the memory of the device; to and from 0, and
-        for other kinds, operands are made anew.
+        To and from 0 operands are made anew; else it is a number in the memory of the device, or a merged copy that is
+        written again.
         """
+        self.share(name, Strength(), scale)
+
+    def share(self, name: str, strength: Strength, multiplier: float) -> None:
+        """Have an adapter act with a strength that its terms of other layers have too, times a multiplier."""
         term = self._adapter(name)
-        before, term.scale = term.scale, scale
-        if not isinstance(term, LowRank) or (before == 0) != (scale == 0):
-            self._changed()
-        elif self._execution is not None:
-            self._execution.workspace.terms.scales += 1
+        if (term.scale == 0) != (strength.value * multiplier == 0):
+            self.changed()
+        if term.strength is not strength or term.multiplier != multiplier:
+            term.share(strength, multiplier)
 
     def _adapter(self, name: str) -> Term:
         if name not in self._adapters:
@@ -184,7 +189,7 @@ class QuantLinear(nn.Module):
             )
         self._require_no_adapter_of_other_width(in_features)
         self.in_features = in_features
-        self._changed()
+        self.changed()
 
     def narrow(self) -> None:
         """Undo `widen`: back to the width of the packed weight."""
@@ -258,7 +263,7 @@ class QuantLinear(nn.Module):
         self.compute = moved.dtype
         for term in self.adapters():
             term.move(moved.device)
-        self._changed()
+        self.changed()
         return self
 
     def extra_repr(self) -> str:

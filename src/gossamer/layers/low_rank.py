@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from gossamer.layers.strength import Strength
 from gossamer.layers.term import Term
 
 
@@ -19,8 +20,9 @@ class LowRank(Term):
     name: str
     down: torch.Tensor
     up: torch.Tensor
-    scale: float = 1.0
+    multiplier: float = 1.0
     bias: torch.Tensor | None = None
+    strength: Strength = field(default_factory=Strength)
 
     def __post_init__(self) -> None:
         sound = self.down.dim() == 2 and self.up.dim() == 2 and self.down.shape[0] == self.up.shape[1]

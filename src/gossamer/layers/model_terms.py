@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from gossamer.kernels.decode_reference import LARGEST_CODE
-from gossamer.layers.stacks import Batch, Stack, Wanted, stack
+from gossamer.layers.stacks import Batch, Stack, Wanted, refresh, stack
+from gossamer.layers.strength import Strength
 
 Lift = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # row scale, the base's, what terms add; rows of one part
 
@@ -36,6 +37,12 @@ class Product(Protocol):
 
     def rewrite(self) -> None:
         """Write whatever else follows from the scales, in place."""
+
+    def remerge(self) -> None:
+        """Where the operand is a merged copy of scales that have changed since, write it again, in place."""
+
+    def strengths(self) -> Iterable[Strength]:
+        """Those of all terms of the layers."""
 
 
 class ModelTerms:
@@ -75,16 +82,18 @@ class ModelTerms:
             stacks = [self._known(product, want) or made[want] for want in wanted]
             self._stacks[product] = stacks
             product.remake(stacks)
-        for batch in _batches([self._stacks[product] for product, _ in stale]):
-            batch.refresh()  # a stack that was here already has the scales of before
+        for strength in {strength for product, _ in stale for strength in product.strengths()}:
+            strength.watchers.add(self)
+        refresh(_batches([self._stacks[product] for product, _ in stale]))  # those that were here already, too
         self._write([product for product, _ in stale])
 
     def refresh(self) -> None:
         """Show the scales as they are now, in the tensors that are there."""
         count = self.scales
-        for batch in _batches(self._stacks.values()):
-            batch.refresh()
+        refresh(_batches(self._stacks.values()))
         self._write([product for product, stacks in self._stacks.items() if stacks])
+        for product in [product for product, stacks in self._stacks.items() if not stacks]:
+            product.remerge()
         self.shown = count
 
     def _write(self, products: Sequence[Product]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -13,11 +14,17 @@ from gossamer.kernels.decode_ops import Backend, bound_decode, decode_into, meas
 from gossamer.kernels.decode_reference import round_to, row_scales
 from gossamer.kernels.operators import lasting, through_operator
 from gossamer.layers.execution import Execution
+from gossamer.layers.low_rank import LowRank
 from gossamer.layers.model_terms import Lift
-from gossamer.layers.stacks import Stack
+from gossamer.layers.stacks import Stack, Wanted
+from gossamer.layers.term import Term
 
 if TYPE_CHECKING:
+    from gossamer.layers.join import Joined
     from gossamer.layers.linear import QuantLinear
+
+
+BANDS_LARGEST = 8  # layers of one launch; more and narrower bands would leave programs little to do
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,19 +157,62 @@ def _no_bias(layer: QuantLinear, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(layer.out_features, dtype=dtype, device=layer.packed.device)
 
 
+def needs_merging(active: Iterable[Sequence[Term]]) -> bool:
+    """Whether a term is of a kind that no kernel adds while it decodes."""
+    return any(not isinstance(term, LowRank) for terms in active for term in terms)
+
+
+def plan(
+    layers: Sequence[QuantLinear], active: Sequence[Sequence[Term]], joined: Joined | None
+) -> list[tuple[Packed, int, Wanted | None]]:
+    """Stored bytes, rows and terms of each part: one in all where the bytes lie side by side, else one a layer."""
+    low_rank = [cast(tuple[LowRank, ...], tuple(terms)) for terms in active]
+    if joined is not None:
+        packed, rows = joined.packed, joined.packed.shape[0]
+        if not any(low_rank):
+            return [(packed, rows, None)]
+        bands = _bands([layer.out_features for layer in layers], low_rank)
+        if bands is not None:
+            return [(packed, rows, Wanted(tuple(low_rank), bands))]
+    pairs = zip(layers, low_rank, strict=True)
+    return [(of.packed, of.out_features, Wanted((terms,), (1,)) if terms else None) for of, terms in pairs]
+
+
+def _bands(heights: Sequence[int], active: Sequence[tuple[LowRank, ...]]) -> tuple[int, ...] | None:
+    """How many bands of one height each layer fills, where its terms have the same ranks as those of the others."""
+    ranks = {tuple([term.rank for term in terms]) for terms in active}
+    band = math.gcd(*heights)
+    if len(ranks) > 1 or sum(heights) // band > BANDS_LARGEST:
+        return None
+    return tuple(height // band for height in heights)
+
+
 def merged(layers: Sequence[QuantLinear], execution: Execution) -> Operand:
-    """A merged copy, kept until an adapter changes: for terms that no kernel adds while it decodes."""
+    """A merged copy, kept until an adapter comes or goes: for terms that no kernel adds while it decodes."""
     rows, width, device = sum(layer.out_features for layer in layers), layers[0].in_features, layers[0].packed.device
     kept = torch.empty(rows, width, dtype=execution.operand, device=device)
     scale = torch.empty(rows, dtype=torch.float32, device=device) if execution.rows_have_scales else None
+    operand = Operand((), kept, scale, None, bias_of(layers, execution.activations), rows, width)
+    merge(operand, kept, layers)
+    return operand
+
+
+def merge(operand: Operand, kept: torch.Tensor, layers: Sequence[QuantLinear]) -> None:
+    """Write the weights of a merged copy and their row scales, as the terms are now, in place."""
     stop = 0
     for layer in layers:
         start, stop = stop, stop + layer.out_features
         weight, own = layer.merged_weight(), None
-        if scale is not None:
-            own = scale[start:stop].copy_(row_scales(weight, execution.operand))
-        kept[start:stop] = round_to(weight, execution.operand, own)
-    return Operand((), kept, scale, None, bias_of(layers, execution.activations), rows, width)
+        if operand.scale is not None:
+            own = operand.scale[start:stop].copy_(row_scales(weight, kept.dtype))
+        kept[start:stop] = round_to(weight, kept.dtype, own)
+
+
+def renew_bias(operand: Operand, layers: Sequence[QuantLinear], dtype: torch.dtype) -> None:
+    """Write the bias as the terms are now, in place."""
+    fresh = bias_of(layers, dtype)
+    if operand.bias is not None and fresh is not None:
+        operand.bias.copy_(fresh)
 
 
 def stored_as_operand(part: Part, width: int) -> bool:

@@ -8,9 +8,8 @@ they would be the memory that streaming saves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -20,7 +19,6 @@ from gossamer.kernels.operators import lasting
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
 from gossamer.layers.execution import Execution
-from gossamer.layers.low_rank import LowRank
 from gossamer.layers.model_terms import Lift, ModelTerms
 from gossamer.layers.multiply import multiply, multiply_gelu, multiply_parts
 from gossamer.layers.operand import (
@@ -31,17 +29,19 @@ from gossamer.layers.operand import (
     bias_of,
     codes_of,
     measure,
+    merge,
     merged,
+    needs_merging,
+    plan,
+    renew_bias,
     stored_as_operand,
 )
 from gossamer.layers.stacks import Stack, Wanted
-from gossamer.layers.term import Term
+from gossamer.layers.strength import Strength
 
 if TYPE_CHECKING:
     from gossamer.layers.join import Joined
     from gossamer.layers.linear import QuantLinear
-
-BANDS_LARGEST = 8  # layers of one launch; more and narrower bands would leave programs little to do
 
 
 class GroupProduct:
@@ -56,6 +56,8 @@ class GroupProduct:
         self._operand: Operand | None = None
         self._writer: Writer | None = None
         self._keeper: Keeper | None = None
+        self._biased = False  # whether an active term brings a bias
+        self._merged: tuple[float, ...] = ()  # the scales of all terms when a merged copy was written
         self._planned: Sequence[tuple[Packed, int, Wanted | None]] = ()  # the parts of the operand
         self._base: tuple[object, torch.Tensor] | None = None
 
@@ -136,7 +138,7 @@ class GroupProduct:
         if self._joined is not None and not self._joined.holds(layers):
             return None  # the next call brings other bytes
         active = [layer.active() for layer in layers]
-        self._planned = () if _needs_merging(active) else tuple(_plan(layers, active, self._joined))
+        self._planned = () if needs_merging(active) else tuple(plan(layers, active, self._joined))
         return [wanted for _, _, wanted in self._planned if wanted is not None]
 
     def _serves(self, layers: Sequence[QuantLinear]) -> bool:
@@ -168,6 +170,8 @@ class GroupProduct:
         execution = execution_of(layers[0])
         made = self._made(layers, self._parts(stacks), execution) if self._planned else merged(layers, execution)
         self._operand, self._revisions, self._structure = made, _count(layers), model.structure
+        self._biased = any(term.bias is not None for layer in layers for term in layer.active())
+        self._merged = () if self._planned else _scales(layers)
         self._writer = Writer(made, execution, layers[0].device) if made.weight is None else None
         self._keeper = Keeper(made, execution, made.weight) if made.copied and made.weight is not None else None
 
@@ -177,27 +181,50 @@ class GroupProduct:
 
     def rewrite(self) -> None:
         """Row scales that have to be measured, biases of terms, and a kept weight, in place."""
-        operand, layers = self._operand, self._layers
-        if operand is None or not layers:
+        operand = self._operand
+        if operand is None:
+            return
+        adapted = any(part.stack is not None for part in operand.parts)
+        biased, measured = adapted and self._biased, operand.scale if adapted and operand.base is None else None
+        if not biased and measured is None and self._keeper is None:
+            return
+        layers = self._layers
+        if not layers:
             return
         execution = execution_of(layers[0])
-        adapted = any(part.stack is not None for part in operand.parts)
-        if adapted and any(term.bias is not None for layer in layers for term in layer.active()):
-            fresh = bias_of(layers, execution.activations)
-            if operand.bias is not None and fresh is not None:
-                operand.bias.copy_(fresh)
-        measured = operand.scale if adapted and operand.base is None else None
+        if biased:
+            renew_bias(operand, layers, execution.activations)
         if measured is None and self._keeper is None:
             return
         if not _filled(layers):
-            # other bytes are there now; made anew with the own ones, and whoever captured the operand has to know
-            self._structure, self._revisions = -1, None
-            execution.workspace.terms.structure += 1
-            return
+            return self._wait(execution)
         if measured is not None:
             measure(operand.parts, measured, operand.width, execution)
         if self._keeper is not None:
             self._keeper()
+
+    def remerge(self) -> None:
+        """A merged copy with its bias, in place, where a scale in it is another one."""
+        operand, layers = self._operand, self._layers
+        if operand is None or operand.weight is None or operand.parts or self._revisions != _count(layers):
+            return
+        scales, execution = _scales(layers), execution_of(layers[0])
+        if scales == self._merged:
+            return
+        if not _filled(layers):
+            return self._wait(execution)
+        merge(operand, operand.weight, layers)
+        renew_bias(operand, layers, execution.activations)
+        self._merged = scales
+
+    def _wait(self, execution: Execution) -> None:
+        """Other bytes are there now; made anew with the own ones, and whoever captured the operand has to know."""
+        self._structure, self._revisions = -1, None
+        execution.workspace.terms.structure += 1
+
+    def strengths(self) -> Iterable[Strength]:
+        """Those of all terms of the layers."""
+        return [term.strength for layer in self._layers for term in layer.adapters()]
 
     def _parts(self, stacks: Sequence[Stack]) -> tuple[Part, ...]:
         parts, stop, left = [], 0, list(stacks)
@@ -291,31 +318,5 @@ def _count(layers: Sequence[QuantLinear]) -> list[tuple[int, int, int]]:
     return [(layer.revision, stored.moves, stored.loads) for layer in layers for stored in (layer.stored,)]
 
 
-def _needs_merging(active: Iterable[Sequence[Term]]) -> bool:
-    """Whether a term is of a kind that no kernel adds while it decodes."""
-    return any(not isinstance(term, LowRank) for terms in active for term in terms)
-
-
-def _plan(
-    layers: Sequence[QuantLinear], active: Sequence[Sequence[Term]], joined: Joined | None
-) -> list[tuple[Packed, int, Wanted | None]]:
-    """Stored bytes, rows and terms of each part: one in all where the bytes lie side by side, else one a layer."""
-    low_rank = [cast(tuple[LowRank, ...], tuple(terms)) for terms in active]
-    if joined is not None:
-        packed, rows = joined.packed, joined.packed.shape[0]
-        if not any(low_rank):
-            return [(packed, rows, None)]
-        bands = _bands([layer.out_features for layer in layers], low_rank)
-        if bands is not None:
-            return [(packed, rows, Wanted(tuple(low_rank), bands))]
-    pairs = zip(layers, low_rank, strict=True)
-    return [(of.packed, of.out_features, Wanted((terms,), (1,)) if terms else None) for of, terms in pairs]
-
-
-def _bands(heights: Sequence[int], active: Sequence[tuple[LowRank, ...]]) -> tuple[int, ...] | None:
-    """How many bands of one height each layer fills, where its terms have the same ranks as those of the others."""
-    ranks = {tuple([term.rank for term in terms]) for terms in active}
-    band = math.gcd(*heights)
-    if len(ranks) > 1 or sum(heights) // band > BANDS_LARGEST:
-        return None
-    return tuple(height // band for height in heights)
+def _scales(layers: Sequence[QuantLinear]) -> tuple[float, ...]:
+    return tuple([term.scale for layer in layers for term in layer.adapters()])

@@ -12,7 +12,7 @@ held twice.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from gossamer.kernels.low_rank import StackedTerms, common_type, padded_rank
 from gossamer.layers.low_rank import LowRank
+from gossamer.layers.strength import Shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +57,11 @@ class Stack:
 
 
 class Batch:
-    """Stacks of one kind; their scales are there after `refresh`."""
+    """Stacks of one kind; their scales are there after `show`."""
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self._wanted = tuple(wanted)
+        self._shares = self._shared()
         first = self._wanted[0]
         self._columns = _Columns(first.ranks, padded_rank(sum(first.ranks)))
         up, down = self._stacked()
@@ -74,10 +76,22 @@ class Batch:
             Stack(of, StackedTerms(a, b, scale, first.ranks), lift, self) for of, a, b, scale, lift in slices
         ]
 
-    def refresh(self) -> None:
-        """Take the scales as the terms have them now, in place."""
-        numbers = [[[term.scale for term in layer] for layer in of.layers] for of in self._wanted]
-        scales = _sent(torch.tensor(numbers, dtype=torch.float32), self._scale.device)  # (n, layers, terms)
+    @property
+    def device(self) -> torch.device:
+        """Where the stacks are."""
+        return self._scale.device
+
+    def scales(self) -> torch.Tensor:
+        """The scales as the terms have them now: float32 (n, layers, terms), on the host."""
+        if not self._shares.hold():
+            self._shares = self._shared()
+        return self._shares.scales().view(len(self._wanted), len(self._heights), -1)
+
+    def _shared(self) -> Shares:
+        return Shares.of([term for of in self._wanted for layer in of.layers for term in layer])
+
+    def show(self, scales: torch.Tensor) -> None:
+        """Take these scales, which are on the device by now, in place."""
         flat = F.pad(scales.flatten(1), (0, 1))  # the padding reads the zero at the end
         torch.index_select(flat, 1, self._index, out=self._scale)
         start = 0
@@ -163,6 +177,18 @@ def stack(wanted: Sequence[Wanted]) -> list[Batch]:
     for each in wanted:
         kinds.setdefault(each.kind(), []).append(each)
     return [Batch(same) for same in kinds.values()]
+
+
+def refresh(batches: Iterable[Batch]) -> None:
+    """Show the scales of all terms as they are now, in place; one copy from the host to each device."""
+    devices: dict[torch.device, list[Batch]] = {}
+    for batch in batches:
+        devices.setdefault(batch.device, []).append(batch)
+    for device, here in devices.items():
+        scales = [batch.scales() for batch in here]
+        sent = _sent(torch.cat([own.flatten() for own in scales]), device).split([own.numel() for own in scales])
+        for batch, own, values in zip(here, scales, sent, strict=True):
+            batch.show(values.view(own.shape))
 
 
 def _beside(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

@@ -16,19 +16,22 @@ import torch
 
 from gossamer.errors import AdapterError
 from gossamer.layers.moves import move_terms
+from gossamer.layers.strength import Strength
 
 
 class Term(ABC):
-    """An adapter's share of one layer; kinds are dataclasses of their tensors, a name, a scale and a bias.
+    """An adapter's share of one layer; kinds are dataclasses of their tensors, a name, a multiplier and a bias.
 
-    `scale` multiplies all of it and may change between any two calls; 0 is off. `bias` is (out,) or None.
-    `tensor_fields` are the names of all fields that hold a tensor, or None.
+    `strength` is that of the adapter, which its terms share; times `multiplier` it is the `scale` of the term, which
+    multiplies all of it and may change between any two calls; 0 is off. `bias` is (out,) or None. `tensor_fields` are
+    the names of all fields that hold a tensor, or None.
     """
 
     tensor_fields: ClassVar[tuple[str, ...]]
     name: str
-    scale: float
+    multiplier: float
     bias: torch.Tensor | None
+    strength: Strength
 
     @property
     @abstractmethod
@@ -46,6 +49,24 @@ class Term(ABC):
     def add_to_weight(self, weight: torch.Tensor, base: torch.Tensor) -> None:
         """Add scale * delta to a float32 weight (out, in), in place."""
         weight.add_(self.delta(base), alpha=self.scale)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the term; set alone, it leaves the other terms of the adapter as they are."""
+        return self.strength.value * self.multiplier
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.share(Strength(), scale)
+
+    def share(self, strength: Strength, multiplier: float) -> None:
+        """Act with this strength times a multiplier from now on; who showed the scale before shows it still."""
+        before = self.strength
+        strength.watchers.update(before.watchers)
+        for one in (before, strength):
+            one.changes += 1
+            one.tell()
+        self.strength, self.multiplier = strength, multiplier
 
     @property
     def in_features(self) -> int:

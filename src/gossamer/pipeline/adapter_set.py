@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from gossamer.adapters.attach import attach, attached, detach, set_scale
+from gossamer.adapters.attach import attach, detach, set_scale
 from gossamer.adapters.cost import Cost
 from gossamer.adapters.fuse import fuse, fused_adapters, unfuse
 from gossamer.adapters.fuse_report import FuseReport
+from gossamer.adapters.records import attached
 from gossamer.adapters.schedule import AtStep, over_steps
 from gossamer.errors import AdapterError, InvalidOptionError
 from gossamer.models.flux_spec import FluxSpec
