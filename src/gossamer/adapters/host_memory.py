@@ -1,6 +1,6 @@
 """How an adapter that was read lies in host memory until it is attached: ready to be copied to a GPU in few runs.
 
-    buffer 0   [down][up] of low-rank terms of one shape, in the order of the linears, then of the next shape
+    buffer 0   low-rank factors of one linear in all blocks: [down][down] ... [up][up] ..., then of the next linear
     buffer 1   ... BUFFER_BYTES each at the most
     buffer n   biases, magnitudes, and the tensors of other kinds
 
@@ -8,14 +8,16 @@ and the same again for each text encoder. Tensors above LARGEST_BYTES stay where
 gigabytes in all, whose copies take long enough each.
 
 Buffers are page-locked ("pinned"): a GPU reads them by itself, at the full speed of the bus, while the host goes on.
-Page-locking takes longer than the copy, so it belongs to reading a file, not to attaching. Factors and the rest lie
-apart because the decode kernels' stacks take over factors alone (see `layers.moves`).
+Page-locking takes longer than the copy, so it belongs to reading a file, not to attaching. The order is that in which
+the decode kernels' stacks take factors over: alone, and one linear in all blocks at once. So what was copied together
+is free together (see `layers.moves`).
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -61,23 +63,33 @@ def pinned_bytes(count: int) -> torch.Tensor:
 def _placed(terms: Mapping[str, LinearTerm], allocate: Allocate) -> dict[str, LinearTerm]:
     """The same terms, their tensors in buffers; what several terms share, as parts of a fused module do, is one."""
     copies: dict[int, torch.Tensor] = {}
-    for tensors in _divided(terms.values()):
+    for tensors in _divided(terms):
         small = [tensor for tensor in tensors if tensor.nbytes <= LARGEST_BYTES]
         for batch in _batches(small):
             copies.update(zip(map(id, batch), _copied(batch, allocate), strict=True))
     return {name: _exchanged(term, copies) for name, term in terms.items()}
 
 
-def _divided(terms: Iterable[LinearTerm]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Low-rank factors by type and shape, and everything else; no tensor twice."""
+def _divided(terms: Mapping[str, LinearTerm]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Low-rank factors by type and linear, downs before ups, and everything else; no tensor twice."""
     factors: dict[int, torch.Tensor] = {}
     others: dict[int, torch.Tensor] = {}
-    for term in terms:
+    places: dict[int, tuple[str, int, int]] = {}
+    linears: dict[str, int] = {}
+    for name, term in terms.items():
+        linear = linears.setdefault(_without_block(name), len(linears))
         own = (term.down, term.up) if isinstance(term, LowRankTerm) else ()
-        factors.update((id(tensor), tensor) for tensor in own)
+        for side, tensor in enumerate(own):
+            factors[id(tensor)] = tensor
+            places.setdefault(id(tensor), (str(tensor.dtype), linear, side))
         others.update((id(tensor), tensor) for tensor in tensors_of(term))
     rest = [tensor for key, tensor in others.items() if key not in factors]
-    return sorted(factors.values(), key=lambda tensor: (str(tensor.dtype), tensor.shape)), rest
+    return sorted(factors.values(), key=lambda tensor: places[id(tensor)]), rest
+
+
+def _without_block(name: str) -> str:
+    """What a linear is called in every block: its name without the first number."""
+    return re.sub(r"\.\d+\.", ".", name, count=1)
 
 
 def _batches(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

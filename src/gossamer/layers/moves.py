@@ -9,7 +9,7 @@ gap that only aligns.
     copies     (---------- one run ----------)                      (-----)
 
 A run is free only when none of its tensors is left, so it has RUN_BYTES at the most: stacks (see `stacks`) take the
-factors over shape by shape, and then give back most of what they were copied from.
+factors over kind by kind, and then give back what they were copied from, as they lie kind by kind there too.
 """
 
 from __future__ import annotations
