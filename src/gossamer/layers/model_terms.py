@@ -77,7 +77,7 @@ class ModelTerms:
 
     def _remake(self, stale: Sequence[tuple[Product, Sequence[Wanted]]]) -> None:
         missing = [want for product, wanted in stale for want in wanted if self._known(product, want) is None]
-        made = {made.wanted: made for batch in stack(missing) for made in batch.stacks}
+        made = {made.wanted: made for made in stack(missing)}
         for product, wanted in stale:
             stacks = [self._known(product, want) or made[want] for want in wanted]
             self._stacks[product] = stacks

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -64,17 +65,20 @@ class Batch:
         self._shares = self._shared()
         first = self._wanted[0]
         self._columns = _Columns(first.ranks, padded_rank(sum(first.ranks)))
-        up, down = self._stacked()
         self._heights = [layer[0].out_features for layer in first.layers]
-        self._bounds = self._bounded(up, down)
-        self._index = self._places().to(up.device)
-        self._scale = torch.empty(len(self._wanted), len(self._index), dtype=torch.float32, device=up.device)
-        self._lift = torch.empty(up.shape[:2], dtype=torch.float32, device=up.device)
-        self._adopt(up, down)
-        slices = zip(self._wanted, up, down, self._scale, self._lift, strict=True)
-        self.stacks = [
-            Stack(of, StackedTerms(a, b, scale, first.ranks), lift, self) for of, a, b, scale, lift in slices
-        ]
+        self._up, self._down = self._empty()
+        self._take_over()
+        self._bounds = self._bounded()
+        self._index = self._places().to(self._up.device)
+        self._scale = torch.empty(len(self._wanted), len(self._index), dtype=torch.float32, device=self._up.device)
+        self._lift = torch.empty(self._up.shape[:2], dtype=torch.float32, device=self._up.device)
+
+    def stacks(self) -> list[Stack]:
+        """One for each that was wanted. They hold the batch, and it does not hold them: that would be a cycle, whose
+        memory is free only when Python next looks for cycles."""
+        slices = zip(self._wanted, self._up, self._down, self._scale, self._lift, strict=True)
+        ranks = self._columns.ranks
+        return [Stack(of, StackedTerms(up, down, scale, ranks), lift, self) for of, up, down, scale, lift in slices]
 
     @property
     def device(self) -> torch.device:
@@ -100,23 +104,39 @@ class Batch:
             torch.sum(self._bounds[:, rows] * scales[:, place, None].abs(), dim=2, out=self._lift[:, rows])
             start += height
 
-    def _stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All factors, side by side and padded."""
+    def _empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for all factors, side by side, zeros where they are padded."""
         first, width = self._wanted[0], self._columns.width
-        dtype = common_type([(term.up, term.down) for layer in first.layers for term in layer])
-        ups, downs = [], []
-        for place, bands in enumerate(first.bands):
-            terms = [[of.layers[place][number] for of in self._wanted] for number in range(len(first.ranks))]
-            up = _beside([torch.stack([term.up for term in same]).to(dtype) for same in terms], 2)
-            down = _beside([torch.stack([term.down for term in same]).to(dtype) for same in terms], 1)
-            ups.append(F.pad(up, (0, width - up.shape[2])) if up.shape[2] < width else up)
-            padded = F.pad(down, (0, 0, 0, width - down.shape[1])) if down.shape[1] < width else down
-            downs += [padded] * bands
-        return _beside(ups, 1), _beside(downs, 1)
+        factors = [(term.up, term.down) for layer in first.layers for term in layer]
+        up, down = factors[0]
+        made = partial(torch.zeros, dtype=common_type(factors), device=up.device)
+        count, rows, ranks = len(self._wanted), sum(self._heights), sum(first.bands) * width
+        return made(count, rows, width), made(count, ranks, down.shape[1])
 
-    def _bounded(self, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def _take_over(self) -> None:
+        """Write all factors into the stacks, and make those of the same type views of them.
+
+        What the factors of one place were before is free before those of the next are written, so little is there
+        twice. No term must be left out that shares its memory with one that is not.
+        """
+        first, width, row, band = self._wanted[0], self._columns.width, 0, 0
+        for place, (bands, height) in enumerate(zip(first.bands, self._heights, strict=True)):
+            for number, columns in enumerate(self._columns.slices()):
+                terms = [of.layers[place][number] for of in self._wanted]
+                starts = range(band + columns.start, band + bands * width, width)
+                up = self._up[:, row : row + height, columns]
+                down, *others = [self._down[:, start : start + terms[0].rank] for start in starts]
+                _write([term.up for term in terms], up)
+                _write([term.down for term in terms], down)
+                for other in others:
+                    other.copy_(down)
+                if terms[0].up.dtype == terms[0].down.dtype == up.dtype:
+                    _hand_out(terms, up, down)
+            row, band = row + height, band + bands * width
+
+    def _bounded(self) -> torch.Tensor:
         """(n, rows, terms): norm of a row of `up` times the largest norm of a column of `down`."""
-        bounds = []
+        up, down, bounds = self._up, self._down, []
         for columns in self._columns.slices():
             rows = torch.linalg.vector_norm(up[:, :, columns], dim=2, dtype=torch.float32)
             largest, stop = [], 0
@@ -137,27 +157,6 @@ class Batch:
             places += (own + [layers * terms] * (self._columns.width - len(own))) * bands
         return torch.tensor(places)
 
-    def _adopt(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Make the factors of every term views of the stacks, where their type is the same.
-
-        What they were before is free then, so no term must be left out that shares its memory with one that is not.
-        """
-        first, row, band = self._wanted[0], 0, 0
-        for place, (bands, height) in enumerate(zip(first.bands, self._heights, strict=True)):
-            for number, columns in enumerate(self._columns.slices()):
-                term = first.layers[place][number]
-                if term.up.dtype == up.dtype and term.down.dtype == up.dtype:
-                    own_up = up[:, row : row + height, columns]
-                    own_down = down[:, band + columns.start : band + columns.stop]
-                    self._hand_out(place, number, own_up, own_down)
-            row, band = row + height, band + bands * self._columns.width
-
-    def _hand_out(self, place: int, number: int, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Give the factors (n, rows, rank) and (n, rank, in) to the terms of one place, all at once."""
-        for of, own_up, own_down in zip(self._wanted, up.unbind(), down.unbind(), strict=True):
-            term = of.layers[place][number]
-            term.up, term.down = own_up, own_down
-
 
 @dataclass(frozen=True)
 class _Columns:
@@ -171,12 +170,12 @@ class _Columns:
         return [slice(sum(self.ranks[:place]), sum(self.ranks[: place + 1])) for place in range(len(self.ranks))]
 
 
-def stack(wanted: Sequence[Wanted]) -> list[Batch]:
-    """Batches of all, one for each kind."""
+def stack(wanted: Sequence[Wanted]) -> list[Stack]:
+    """The stacks of all, made in one batch for each kind."""
     kinds: dict[Hashable, list[Wanted]] = {}
     for each in wanted:
         kinds.setdefault(each.kind(), []).append(each)
-    return [Batch(same) for same in kinds.values()]
+    return [made for same in kinds.values() for made in Batch(same).stacks()]
 
 
 def refresh(batches: Iterable[Batch]) -> None:
@@ -189,6 +188,20 @@ def refresh(batches: Iterable[Batch]) -> None:
         sent = _sent(torch.cat([own.flatten() for own in scales]), device).split([own.numel() for own in scales])
         for batch, own, values in zip(here, scales, sent, strict=True):
             batch.show(values.view(own.shape))
+
+
+def _write(matrices: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Stack matrices into `out`, in its type."""
+    if out.is_contiguous():
+        torch.stack(list(matrices), out=out)
+    else:
+        out.copy_(torch.stack(list(matrices)))  # CUDA would write into strided memory by one kernel a matrix
+
+
+def _hand_out(terms: Sequence[LowRank], up: torch.Tensor, down: torch.Tensor) -> None:
+    """Give the factors (n, rows, rank) and (n, rank, in) to terms, all at once."""
+    for term, own_up, own_down in zip(terms, up.unbind(), down.unbind(), strict=True):
+        term.up, term.down = own_up, own_down
 
 
 def _beside(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
