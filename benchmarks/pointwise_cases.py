@@ -24,6 +24,7 @@ TEXT_TOKENS, TOKENS, WIDTH, HEAD_SIZE = 512, 4608, 3072, 128
 MLP_WIDTH = 4 * WIDTH
 SETS = 4
 SCALE_BYTES = 4  # one float32 a row
+ROTATION_BYTES = 2 * TOKENS * (HEAD_SIZE // 2) * 4  # cos and sin of every pair of channels
 
 Case: TypeAlias = tuple[str, Callable[[], object], int]
 
@@ -47,7 +48,7 @@ def in_turn(call: Callable[[torch.Tensor], object], buffers: list[torch.Tensor])
 
 def random_rotation(device: torch.device) -> Rotation:
     """By angles of no meaning."""
-    angles = torch.rand(TOKENS, HEAD_SIZE // 2, device=device).repeat_interleave(2, dim=1)
+    angles = torch.rand(TOKENS, HEAD_SIZE // 2, device=device)
     return Rotation(angles.cos(), angles.sin())
 
 
@@ -97,7 +98,7 @@ def other_cases(functions: Pointwise, device: torch.device) -> list[Case]:
     image, text = (HeadNorm(*torch.randn(2, HEAD_SIZE, device=device, dtype=torch.bfloat16)) for _ in range(2))
     gate = torch.randn(1, WIDTH, device=device, dtype=torch.bfloat16) * 0.1
     scales = torch.rand(TOKENS, device=device), torch.rand(WIDTH, device=device)
-    rope_bytes = 4 * half + 2 * TOKENS * HEAD_SIZE * 4
+    rope_bytes = 4 * half + ROTATION_BYTES
     return [
         (
             "residual_gate bf16",
@@ -130,7 +131,7 @@ def attention_cases(device: torch.device) -> list[Case]:
     wide = [torch.randn(1, TOKENS, 3 * WIDTH + MLP_WIDTH, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
     rotation = random_rotation(device)
     image, text = (HeadNorm(*torch.randn(2, HEAD_SIZE, device=device, dtype=torch.bfloat16)) for _ in range(2))
-    codes_bytes = 3 * TOKENS * WIDTH * 3 + 2 * TOKENS * HEAD_SIZE * 4
+    codes_bytes = 3 * TOKENS * WIDTH * 3 + ROTATION_BYTES
 
     def codes(x: torch.Tensor, turn: Turn) -> object:
         return encode(*heads_first(x[..., : 3 * WIDTH], HEAD_SIZE), turn)

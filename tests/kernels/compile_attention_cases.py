@@ -58,7 +58,7 @@ def attended() -> list[torch.Tensor]:
 
 def turns() -> dict[str, Turn]:
     """What norms and rotates q and k: nothing, one weight for all tokens, or two."""
-    rotation = torch.empty(TOKENS, HEAD), torch.empty(TOKENS, HEAD)
+    rotation = torch.empty(TOKENS, HEAD // 2), torch.empty(TOKENS, HEAD // 2)
     weights = [torch.empty(HEAD, dtype=torch.bfloat16) for _ in range(4)]
     return {
         "codes": AS_THEY_ARE,

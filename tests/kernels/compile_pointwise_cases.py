@@ -77,7 +77,7 @@ def flux_launches(residual: torch.dtype, dtype: torch.dtype) -> list[Launch]:
     gate, scale, shift = torch.empty(1, 3 * WIDTH, dtype=residual).chunk(3, dim=1)
     buffer = torch.empty(1, TOKENS, 7 * WIDTH, dtype=residual)
     qkv, mlp = buffer[..., : 3 * WIDTH], buffer[..., 3 * WIDTH :]
-    rotation = Rotation(torch.empty(TOKENS, HEAD_SIZE), torch.empty(TOKENS, HEAD_SIZE))
+    rotation = Rotation(torch.empty(TOKENS, HEAD_SIZE // 2), torch.empty(TOKENS, HEAD_SIZE // 2))
     norm = HeadNorm(torch.empty(HEAD_SIZE, dtype=residual), torch.empty(HEAD_SIZE, dtype=residual))
     by, product = Modulation(scale, shift), torch.empty(TOKENS, WIDTH, dtype=torch.int32)
 

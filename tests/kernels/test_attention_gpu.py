@@ -191,7 +191,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 def case(batch: int, tokens: int, heads: int, text_tokens: int | None, width: int | None = None) -> Case:
     whole = normal(batch, tokens, width or 3 * heads * HEAD, seed=tokens).bfloat16()
-    angles = normal(tokens, HEAD // 2, seed=1).mul(10).repeat_interleave(2, dim=1)
+    angles = normal(tokens, HEAD // 2, seed=1).mul(10)
     weights = 1 + 0.3 * normal(4, HEAD, seed=2)
     image, own = HeadNorm(*weights[:2].bfloat16()), HeadNorm(*weights[2:].bfloat16())
     text = TextNorm(text_tokens, own) if text_tokens is not None else None

@@ -46,8 +46,8 @@ def views(batch: int, tokens: int, heads: int, width: int | None = None, device:
 
 def rotation_of(tokens: int, device: object = DEVICE) -> Rotation:
     """Columns of wider tensors."""
-    angles = normal(tokens, HEAD, seed=1, device=device).mul(10).repeat_interleave(2, dim=1)
-    return Rotation(angles.cos()[:, :HEAD], angles.sin()[:, HEAD:])
+    angles = normal(tokens, HEAD, seed=1, device=device).mul(10)
+    return Rotation(angles.cos()[:, : HEAD // 2], angles.sin()[:, HEAD // 2 :])
 
 
 def norm_of(seed: int, dtype: torch.dtype = torch.bfloat16, device: object = DEVICE) -> HeadNorm:
@@ -172,9 +172,11 @@ def refused_normed(qkv: torch.Tensor, rotation: Rotation, norm: HeadNorm, kind: 
 def test_what_cannot_be_normed_and_attended(gradients):
     qkv, rotation, norm = buffer(1, 8, 2), rotation_of(8, "cpu"), norm_of(2, device="cpu")
     with torch.set_grad_enabled(gradients):
-        assert "cos of shape (7, 128)" in refused_normed(qkv, rotation_of(7, "cpu"), norm, UnsupportedShapeError)
-        narrow = Rotation(rotation.cos[:, :64], rotation.sin[:, :64])
-        assert "cos has shape (8, 64)" in refused_normed(qkv, narrow, norm, UnsupportedShapeError)
+        assert "cos of shape (7, 64)" in refused_normed(qkv, rotation_of(7, "cpu"), norm, UnsupportedShapeError)
+        narrow = Rotation(rotation.cos[:, :32], rotation.sin[:, :32])
+        assert "cos has shape (8, 32)" in refused_normed(qkv, narrow, norm, UnsupportedShapeError)
+        twice = Rotation(rotation.cos.repeat_interleave(2, 1), rotation.sin.repeat_interleave(2, 1))
+        assert "cos has shape (8, 128)" in refused_normed(qkv, twice, norm, UnsupportedShapeError)
         short = HeadNorm(norm.query, norm.key[:64])
         assert "key has shape (64,)" in refused_normed(qkv, rotation, short, UnsupportedShapeError)
         spread = Rotation(rotation.cos.t().contiguous().t(), rotation.sin)
@@ -205,7 +207,7 @@ def test_a_tracer_sees_one_operator():
 def test_the_operator_that_norms_has_a_shape_without_a_gpu():
     with FakeTensorMode():
         qkv = torch.empty(2, 333, 12 * HEAD, dtype=torch.bfloat16)
-        rotation, weight = Rotation(torch.empty(333, HEAD), torch.empty(333, HEAD)), torch.empty(HEAD)
+        rotation, weight = Rotation(torch.empty(333, HEAD // 2), torch.empty(333, HEAD // 2)), torch.empty(HEAD)
         norm = HeadNorm(weight, weight)
         y = attend_normed(qkv, rotation, norm, TextNorm(5, norm))
         assert (y.shape, y.dtype, y.device) == ((2, 333, 4 * HEAD), qkv.dtype, qkv.device)

@@ -51,8 +51,9 @@ def test_norm_and_modulation_are_those_of_diffusers_bit_for_bit():
 
 @pytest.mark.parametrize("text_tokens", [None, 0, 3, 7])
 def test_queries_and_keys_are_those_of_diffusers_bit_for_bit(text_tokens):
-    qkv, cos, sin = normal(2, 7, 3 * 4 * 32), normal(7, 32, seed=1), normal(7, 32, seed=2)
+    qkv, cos, sin = normal(2, 7, 3 * 4 * 32), normal(7, 16, seed=1), normal(7, 16, seed=2)
     image, text = (HeadNorm(normal(32, seed=seed), normal(32, seed=seed + 1)) for seed in (3, 5))
+    twice = cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1)
     cut = text_tokens or 0
     expected = []
     for part, weight in enumerate(("query", "key")):
@@ -60,7 +61,7 @@ def test_queries_and_keys_are_those_of_diffusers_bit_for_bit(text_tokens):
         norms[0].weight.data, norms[1].weight.data = getattr(text, weight), getattr(image, weight)
         heads = qkv.unflatten(-1, (3, 4, 32))[:, :, part]
         normed = torch.cat((norms[0](heads[:, :cut]), norms[1](heads[:, cut:])), dim=1)
-        expected.append(apply_rotary_emb(normed, (cos, sin), sequence_dim=1))
+        expected.append(apply_rotary_emb(normed, twice, sequence_dim=1))
     expected.append(qkv.unflatten(-1, (3, 4, 32))[:, :, 2])
     own = TextNorm(text_tokens, text) if text_tokens is not None else None
     found = qk_norm_rope_(qkv.clone(), Rotation(cos, sin), image, own)
@@ -68,7 +69,7 @@ def test_queries_and_keys_are_those_of_diffusers_bit_for_bit(text_tokens):
 
 
 def test_a_view_into_a_wider_buffer_is_changed_in_place_and_nothing_around_it():
-    buffer, rotation = normal(2, 5, 3 * 32 + 40), Rotation(normal(5, 16, seed=1), normal(5, 16, seed=2))
+    buffer, rotation = normal(2, 5, 3 * 32 + 40), Rotation(normal(5, 8, seed=1), normal(5, 8, seed=2))
     norm = HeadNorm(normal(16, seed=3), normal(16, seed=4))
     whole = buffer.clone()
     expected = qk_norm_rope_(buffer[..., :96].clone(), rotation, norm)
@@ -78,7 +79,7 @@ def test_a_view_into_a_wider_buffer_is_changed_in_place_and_nothing_around_it():
 
 
 def test_a_rotation_of_other_tokens_is_refused():
-    rotation = Rotation(normal(4, 16), normal(4, 16))
+    rotation = Rotation(normal(4, 8), normal(4, 8))
     norm = HeadNorm(torch.ones(16), torch.ones(16))
     with pytest.raises(UnsupportedShapeError, match=r"cannot be rotated"):
         qk_norm_rope_(normal(1, 5, 96), rotation, norm)

@@ -88,7 +88,7 @@ def test_residual_gate(tokens):
 def test_qk_norm_rope(tokens, text):
     buffer = normal(1, tokens, 7 * WIDTH)
     before = buffer.clone()
-    angles = torch.rand(tokens, HEAD_SIZE // 2, device="cuda").repeat_interleave(2, dim=1) * 100
+    angles = torch.rand(tokens, HEAD_SIZE // 2, device="cuda") * 100
     rotation = Rotation(angles.cos(), angles.sin())
     image, own = (HeadNorm(normal(HEAD_SIZE, seed=i), normal(HEAD_SIZE, seed=i + 1)) for i in (1, 3))
     first = TextNorm(TEXT_TOKENS, own) if text else None

@@ -113,7 +113,7 @@ def test_residual_gate(batch, tokens, width, seed):
 )
 def test_qk_norm_rope(batch, tokens, heads, dim, text_tokens, dtype, seed):
     qkv = strided(batch, tokens, 3 * heads * dim, seed=seed, dtype=dtype)
-    rotation = Rotation(normal(tokens, dim, seed=seed + 1), normal(tokens, dim, seed=seed + 2))
+    rotation = Rotation(normal(tokens, dim // 2, seed=seed + 1), normal(tokens, dim // 2, seed=seed + 2))
     image, text = (HeadNorm(normal(dim, seed=seed + i), normal(dim, seed=seed + i + 1)) for i in (3, 5))
     own = TextNorm(text_tokens, text) if text_tokens is not None else None
     expected = TORCH.qk_norm_rope_(qkv.clone(), rotation, image, own)
@@ -125,7 +125,7 @@ def test_qk_norm_rope(batch, tokens, heads, dim, text_tokens, dtype, seed):
 def test_qk_norm_rope_leaves_its_surroundings_alone():
     buffer = normal(2, 3, 3 * 32 + 40)
     before = buffer.clone()
-    rotation, norm = Rotation(normal(3, 16), normal(3, 16, seed=1)), HeadNorm(normal(16), normal(16, seed=2))
+    rotation, norm = Rotation(normal(3, 8), normal(3, 8, seed=1)), HeadNorm(normal(16), normal(16, seed=2))
     TRITON.qk_norm_rope_(buffer[..., :96], rotation, norm, None)
     assert torch.equal(buffer[..., 64:], before[..., 64:])
     assert (buffer[..., :64] != before[..., :64]).any()
@@ -186,7 +186,7 @@ def test_a_faint_row_is_not_blown_up():
     x, by = normal(1, 2, 16) * 1e-4, Modulation(normal(1, 16, seed=1), normal(1, 16, seed=2))
     assert_rows(TRITON.norm_modulate(x, by, torch.float32), TORCH.norm_modulate(x, by, torch.float32))
     qkv, norm = normal(1, 2, 48) * 1e-4, HeadNorm(normal(8, seed=1), normal(8, seed=2))
-    rotation = Rotation(normal(2, 8, seed=3), normal(2, 8, seed=4))
+    rotation = Rotation(normal(2, 4, seed=3), normal(2, 4, seed=4))
     expected = TORCH.qk_norm_rope_(qkv.clone(), rotation, norm)
     torch.testing.assert_close(TRITON.qk_norm_rope_(qkv, rotation, norm, None), expected)
 
@@ -202,7 +202,7 @@ def test_a_float16_residual_saturates():
 def test_torch_compile_sees_one_graph_of_opaque_operators():
     x, y = normal(1, 3, 32), normal(1, 3, 32, seed=1)
     gate, scale, shift = normal(3, 1, 32, seed=2)
-    rotation, norm = Rotation(normal(3, 8), normal(3, 8, seed=1)), HeadNorm(normal(8), normal(8, seed=2))
+    rotation, norm = Rotation(normal(3, 4), normal(3, 4, seed=1)), HeadNorm(normal(8), normal(8, seed=2))
 
     def step(x: torch.Tensor, qkv: torch.Tensor, functions=TRITON) -> tuple[torch.Tensor, ...]:
         rows = functions.residual_gate_norm_modulate_(x, gate, y, Modulation(scale, shift), torch.int8)
@@ -229,7 +229,7 @@ def test_operators_tell_the_truth_about_themselves():
     torch.library.opcheck(gossamer.gelu_rows, (x, coded), test_utils=checks)
     torch.library.opcheck(gossamer.quantize_rows, (x, plain), test_utils=checks)
     torch.library.opcheck(gossamer.gelu_concat, (x, x.clone(), coded), test_utils=checks)
-    rope = (normal(1, 2, 48), normal(2, 8), normal(2, 8), *normal(4, 8), 1, 1e-6)
+    rope = (normal(1, 2, 48), normal(2, 4), normal(2, 4), *normal(4, 8), 1, 1e-6)
     torch.library.opcheck(gossamer.qk_norm_rope_, rope, test_utils=checks)
     product = (x[0].int(), normal(2), normal(16), None, plain)
     torch.library.opcheck(gossamer.rescale_product, product, test_utils=checks)
@@ -240,14 +240,14 @@ def test_inference_mode_and_parameters():
         x, by = normal(1, 2, 16), Modulation(normal(1, 16), normal(1, 16))
         TRITON.residual_gate_norm_modulate_(x, by.scale, x.clone(), by, torch.int8)
     weight = torch.nn.Parameter(normal(8))
-    rotation = Rotation(normal(2, 8), normal(2, 8))
+    rotation = Rotation(normal(2, 4), normal(2, 4))
     assert TRITON.qk_norm_rope_(normal(1, 2, 48), rotation, HeadNorm(weight, weight), None).isfinite().all()
 
 
 def every_function(x: torch.Tensor, qkv: torch.Tensor) -> list[torch.Tensor]:
     """What every function makes of these tensors."""
     gate, scale, shift = normal(3, 1, 48, seed=2)
-    by, rotation = Modulation(scale, shift), Rotation(normal(3, 8), normal(3, 8, seed=1))
+    by, rotation = Modulation(scale, shift), Rotation(normal(3, 4), normal(3, 4, seed=1))
     norm = HeadNorm(normal(8), normal(8, seed=2))
     rows = [
         TRITON.norm_modulate(x, by, torch.int8),
@@ -287,12 +287,12 @@ def test_what_does_not_fit_is_refused_before_the_launch():
         TRITON.quantize_rows(x, torch.float8_e5m2)
     with pytest.raises(UnsupportedShapeError, match="attention has shape"):
         TRITON.gelu_concat(normal(2, 4, 16), x, torch.int8)
-    rotation = Rotation(normal(3, 4), normal(3, 4))
+    rotation = Rotation(normal(3, 2), normal(3, 2))
     with pytest.raises(UnsupportedShapeError, match="query has shape"):
         TRITON.qk_norm_rope_(normal(2, 3, 24), rotation, HeadNorm(normal(8), normal(4)), None)
     with pytest.raises(UnsupportedShapeError, match="heads of 6 values"):
         TRITON.qk_norm_rope_(
-            normal(2, 3, 36), Rotation(normal(3, 6), normal(3, 6)), HeadNorm(normal(6), normal(6)), None
+            normal(2, 3, 36), Rotation(normal(3, 3), normal(3, 3)), HeadNorm(normal(6), normal(6)), None
         )
     with pytest.raises(UnsupportedShapeError, match="column_scale has shape"):
         TRITON.rescale_product(x[0].int(), normal(3), normal(8), None, torch.float32)

@@ -37,7 +37,7 @@ def codes_kernel(
     q: tl.tensor,  # (batch, heads, tokens, HEAD), channels side by side, as k and v
     k: tl.tensor,
     v: tl.tensor,
-    cos: tl.tensor,  # (tokens, HEAD), as sin; None, with all norm weights, where q and k are taken as they are
+    cos: tl.tensor,  # (tokens, HEAD / 2), as sin; None, with all norm weights, where q and k are taken as they are
     sin: tl.tensor,
     query: tl.tensor,  # norm weights (HEAD,)
     key: tl.tensor,
@@ -89,8 +89,8 @@ def codes_kernel(
             queries = load_tokens(q, token, head, tokens, heads, q_batch, q_head, q_token, HEAD)
             keys = load_tokens(k, token, head, tokens, heads, k_batch, k_head, k_token, HEAD)
             if cos is not None:
-                cosines = load_rotation(cos, token, tokens, cos_token, ROWS, HEAD)
-                sines = load_rotation(sin, token, tokens, sin_token, ROWS, HEAD)
+                cosines = load_rotation(cos, token, tokens, cos_token, HEAD)
+                sines = load_rotation(sin, token, tokens, sin_token, HEAD)
                 weights = load_weights(query, text_query, token < text_tokens, ROWS, HEAD)
                 queries = norm_rotate(queries, weights, cosines, sines, eps, ROWS, HEAD)
                 weights = load_weights(key, text_key, token < text_tokens, ROWS, HEAD)
@@ -160,7 +160,7 @@ def require_turn(turn: Turn, tokens: int) -> None:
     given = {name: x for name, x in turn._asdict().items() if isinstance(x, torch.Tensor)}
     require_unit_stride(**given)
     for name, x in given.items():
-        require_shape((tokens, HEAD) if name in ("cos", "sin") else (HEAD,), **{name: x})
+        require_shape((tokens, HEAD // 2) if name in ("cos", "sin") else (HEAD,), **{name: x})
 
 
 def plan_codes(

@@ -74,14 +74,11 @@ def load_tokens(
 
 @triton.jit
 def load_rotation(
-    x: tl.tensor, token: tl.tensor, tokens: tl.tensor, stride: tl.tensor, ROWS: tl.constexpr, HEAD: tl.constexpr
-) -> tl.tuple:
-    """cos or sin of every token's even and odd channels, each (ROWS, HEAD / 2).
-
-    Both are used, though equal: the compiler splits a load into small ones where half of it is thrown away.
-    """
-    pointer = x + token.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD)[None, :]
-    return split_pairs(tl.load(pointer, mask=(token < tokens)[:, None], other=0.0).to(tl.float32), ROWS, HEAD)
+    x: tl.tensor, token: tl.tensor, tokens: tl.tensor, stride: tl.tensor, HEAD: tl.constexpr
+) -> tl.tensor:
+    """cos or sin of every token's pairs (tokens, HEAD / 2), in the layout that `split_pairs` leaves."""
+    pointer = x + token.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD // 2)[None, :]
+    return tl.load(pointer, mask=(token < tokens)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -99,15 +96,15 @@ def load_weights(
 def norm_rotate(
     tile: tl.tensor,
     weight: tl.tuple,
-    cos: tl.tuple,
-    sin: tl.tuple,
+    cos: tl.tensor,
+    sin: tl.tensor,
     eps: tl.tensor,
     ROWS: tl.constexpr,
     HEAD: tl.constexpr,
 ) -> tl.tensor:
-    """Norm and rotate a tile (ROWS, HEAD); weight, cos and sin are (even, odd)."""
+    """Norm and rotate a tile (ROWS, HEAD); weight is (even, odd)."""
     factor = tl.rsqrt(tl.sum(tile * tile, 1) / HEAD + eps)[:, None]
     even, odd = split_pairs(tile, ROWS, HEAD)
     even = even * factor * weight[0]
     odd = odd * factor * weight[1]
-    return tl.reshape(tl.join(even * cos[0] - odd * sin[0], odd * cos[1] + even * sin[1]), (ROWS, HEAD))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (ROWS, HEAD))

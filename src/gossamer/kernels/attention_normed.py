@@ -67,7 +67,7 @@ def turn_of(rotation: Rotation, norm: HeadNorm, text: TextNorm | None, eps: floa
 def require_heads(qkv: torch.Tensor, rotation: Rotation) -> None:
     """Refuse a buffer and a rotation of heads that the kernels cannot take."""
     head_count(qkv, rotation)
-    require_shape((qkv.shape[1], HEAD), cos=rotation.cos)
+    require_shape((qkv.shape[1], HEAD // 2), cos=rotation.cos)
 
 
 def attend_normed(

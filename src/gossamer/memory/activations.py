@@ -58,7 +58,7 @@ def captured_bytes(spec: FluxSpec, job: Job, activations: str) -> int:
 def _input_bytes(spec: FluxSpec, job: Job, wide: int) -> int:
     """Image and text tokens, the result, and the rotation in float32."""
     inputs = job.batch * (job.text_tokens * spec.joint_attention_dim + 2 * job.image_tokens * spec.in_channels) * wide
-    return inputs + 2 * job.tokens * spec.attention_head_dim * 4
+    return inputs + 2 * job.tokens * (spec.attention_head_dim // 2) * 4
 
 
 def _feed_forward(job: Job, wide: int, narrow: int, rows: int) -> int:

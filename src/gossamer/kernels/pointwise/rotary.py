@@ -1,11 +1,11 @@
 """RMSNorm of queries and keys, then rotary embedding, in pure torch: the specification of the fused kernel.
 
     q'       = q * rsqrt(mean(q^2) + eps) * weight                       a head at a time
-    q"[2i]   = q'[2i]   * cos[t, 2i]   - q'[2i+1] * sin[t, 2i]           pairs are neighbours
-    q"[2i+1] = q'[2i+1] * cos[t, 2i+1] + q'[2i]   * sin[t, 2i+1]
+    q"[2i]   = q'[2i]   * cos[t, i] - q'[2i+1] * sin[t, i]               pairs are neighbours
+    q"[2i+1] = q'[2i+1] * cos[t, i] + q'[2i]   * sin[t, i]
 
 Shapes: qkv (batch, tokens, 3 * heads * dim): queries, keys, values, each head by head; a view into a wider buffer will
-do. Norm weights (dim,). cos, sin (tokens, dim), float32. Values stay as they are. Float32 arithmetic, one rounding.
+do. Norm weights (dim,). cos, sin (tokens, dim / 2), float32. Values stay as they are. Float32 arithmetic, one rounding.
 
 The first `text_tokens` tokens of a double block are text and have norm weights of their own.
 """
@@ -31,10 +31,15 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin (tokens, dim) in float32, each value standing twice in a row, once for each of its pair."""
+    """cos and sin (tokens, dim / 2) in float32, one number for both channels of a pair."""
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        return 2 * self.cos.shape[1]
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,11 @@ class TextNorm:
 
 def head_count(qkv: torch.Tensor, rotation: Rotation) -> int:
     """Heads in a qkv buffer, from its width and the rotation's; refuses shapes that do not fit together."""
-    tokens, dim = rotation.cos.shape
-    heads, rest = divmod(qkv.shape[-1], 3 * dim)
-    if rest or qkv.shape[1] != tokens or rotation.sin.shape != rotation.cos.shape:
+    heads, rest = divmod(qkv.shape[-1], 3 * rotation.dim)
+    if rest or qkv.shape[1] != len(rotation.cos) or rotation.sin.shape != rotation.cos.shape:
         raise UnsupportedShapeError(
             f"qkv of shape {tuple(qkv.shape)} cannot be rotated by cos of shape {tuple(rotation.cos.shape)}",
-            "there must be one row of cos and sin a token, and qkv must be 3 * heads * dim wide",
+            "cos and sin must be (tokens, dim / 2), a number for each pair of channels, and qkv 3 * heads * dim wide",
             "compute cos and sin from the ids of exactly these tokens",
         )
     return heads
@@ -61,8 +65,8 @@ def head_count(qkv: torch.Tensor, rotation: Rotation) -> int:
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """x (batch, tokens, heads, dim) in float32, its neighbouring pairs turned."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x * rotation.cos[:, None] + turned * rotation.sin[:, None]
+    cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -61,17 +61,27 @@ def load_pairs(start: tl.tensor, HEADS: tl.constexpr, DIM: tl.constexpr) -> tl.t
 
 
 @triton.jit
+def load_rotation(start: tl.tensor, HEADS: tl.constexpr, DIM: tl.constexpr) -> tl.tensor:
+    """cos or sin of a token's pairs, for each of HEADS heads: (HEADS, DIM / 2).
+
+    4 a thread, as many as `split_pairs` leaves it of 16-bit values; of others, pairs move between threads.
+    """
+    offsets = tl.broadcast_to(tl.arange(0, DIM // 2)[None, :], (HEADS, DIM // 2))
+    return tl.load(start + offsets).to(tl.float32)
+
+
+@triton.jit
 def norm_rotate_store(
     start: tl.tensor,
     tiles: tl.tuple,
     weight: tl.tuple,
-    cos: tl.tuple,
-    sin: tl.tuple,
+    cos: tl.tensor,
+    sin: tl.tensor,
     eps: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    """Norm, rotate and write one token's queries or keys; weight, cos and sin are (even, odd)."""
+    """Norm, rotate and write one token's queries or keys; weight is (even, odd)."""
     for tile in tl.static_range(len(tiles)):
         x = tiles[tile]
         squares = tl.reduce(x * x, 1, add)
@@ -79,7 +89,7 @@ def norm_rotate_store(
         even, odd = split_pairs(x, HEADS, DIM)
         even = even * factor * weight[0]
         odd = odd * factor * weight[1]
-        turned = tl.join(even * cos[0] - odd * sin[0], odd * cos[1] + even * sin[1])
+        turned = tl.join(even * cos - odd * sin, odd * cos + even * sin)
         out = tl.reshape(turned, (HEADS, DIM)).to(start.dtype.element_ty)
         tl.store(start + tile * (HEADS * DIM) + head_offsets(HEADS, DIM), out)
 
@@ -87,8 +97,8 @@ def norm_rotate_store(
 @triton.jit(do_not_specialize=("text_tokens",))
 def qk_norm_rope_kernel(
     qkv: tl.tensor,  # (batch, tokens, at least 2 * heads * DIM), written in place
-    cos: tl.tensor,  # (tokens, DIM)
-    sin: tl.tensor,  # (tokens, DIM)
+    cos: tl.tensor,  # (tokens, DIM / 2)
+    sin: tl.tensor,  # (tokens, DIM / 2)
     query: tl.tensor,  # norm weights (DIM,)
     key: tl.tensor,
     text_query: tl.tensor,  # those of the first `text_tokens` tokens, or None
@@ -115,10 +125,11 @@ def qk_norm_rope_kernel(
         key = tl.where(is_text, text_key, key)
     query_weight = load_pairs(query, HEADS, DIM)
     key_weight = load_pairs(key, HEADS, DIM)
-    cos_pairs = load_pairs(cos + token.to(tl.int64) * cos_stride, HEADS, DIM)
-    sin_pairs = load_pairs(sin + token.to(tl.int64) * sin_stride, HEADS, DIM)
-    norm_rotate_store(queries, query_tiles, query_weight, cos_pairs, sin_pairs, eps, HEADS, DIM)
-    norm_rotate_store(keys, key_tiles, key_weight, cos_pairs, sin_pairs, eps, HEADS, DIM)
+    cosines = load_rotation(cos + token.to(tl.int64) * cos_stride, HEADS, DIM)
+    sines = load_rotation(sin + token.to(tl.int64) * sin_stride, HEADS, DIM)
+    tl.debug_barrier()  # else the compiler moves loads between the stores, where each waits for memory alone
+    norm_rotate_store(queries, query_tiles, query_weight, cosines, sines, eps, HEADS, DIM)
+    norm_rotate_store(keys, key_tiles, key_weight, cosines, sines, eps, HEADS, DIM)
 
 
 def require_weights(norm: HeadNorm, dim: int) -> None:
@@ -133,7 +144,7 @@ def require_rotatable(qkv: torch.Tensor, rotation: Rotation, norm: HeadNorm, tex
     require_unit_stride(qkv=qkv, cos=rotation.cos, sin=rotation.sin)
     for one in (norm, text):
         if one is not None:
-            require_weights(one, rotation.cos.shape[1])
+            require_weights(one, rotation.dim)
     return heads
 
 
@@ -150,8 +161,8 @@ def plan_qk_norm_rope(
 ) -> Plan:
     """How the kernel is launched; refuses what does not fit."""
     text = HeadNorm(text_query, text_key) if text_query is not None and text_key is not None else None
-    heads = require_rotatable(qkv, Rotation(cos, sin), HeadNorm(query, key), text)
-    dim = cos.shape[1]
+    rotation = Rotation(cos, sin)
+    heads, dim = require_rotatable(qkv, rotation, HeadNorm(query, key), text), rotation.dim
     tiles = head_tiles(heads, dim)
     strides = (qkv.stride(0), qkv.stride(1), cos.stride(0), sin.stride(0))
     numbers = (eps, text_tokens, *strides, tiles.heads, dim, tiles.count)

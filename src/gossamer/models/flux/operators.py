@@ -36,7 +36,7 @@ def attention(
     `attend` is softmax(q k^T / sqrt(head size)) v, (batch, heads, tokens, head size) each; torch chooses among its own.
     """
     pointwise.qk_norm_rope_(qkv, rotation, norm, text)
-    return tokens_first(attend(*heads_first(qkv, rotation.cos.shape[1])))
+    return tokens_first(attend(*heads_first(qkv, rotation.dim)))
 
 
 def attention_in_eight_bits(

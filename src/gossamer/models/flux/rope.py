@@ -20,7 +20,7 @@ WITHOUT_FLOAT64 = ("mps", "npu")
 
 
 def rotation(text_ids: torch.Tensor, image_ids: torch.Tensor, axes: Sequence[int]) -> Rotation:
-    """cos and sin (tokens, head size) of the text tokens, then the image tokens; `axes` are channels of a head by axis.
+    """cos and sin (tokens, head size / 2) of text tokens, then image tokens; `axes` are channels of a head by axis.
 
     Ids are (tokens, axes). A batch dimension in front is accepted: all pictures of a batch have the same positions.
     """
@@ -32,7 +32,7 @@ def rotation(text_ids: torch.Tensor, image_ids: torch.Tensor, axes: Sequence[int
             f"Give ids of shape (tokens, {len(axes)}).",
         )
     angles = torch.cat([_angles(ids[:, axis], channels) for axis, channels in enumerate(axes)], dim=-1)
-    return Rotation(_in_pairs(angles.cos()), _in_pairs(angles.sin()))
+    return Rotation(angles.cos().float(), angles.sin().float())
 
 
 def _without_batch(ids: torch.Tensor) -> torch.Tensor:
@@ -44,8 +44,3 @@ def _angles(positions: torch.Tensor, channels: int) -> torch.Tensor:
     dtype = torch.float32 if positions.device.type in WITHOUT_FLOAT64 else torch.float64
     exponents = torch.arange(0, channels, 2, dtype=dtype, device=positions.device) / channels
     return torch.outer(positions.to(dtype), 1.0 / THETA**exponents)
-
-
-def _in_pairs(values: torch.Tensor) -> torch.Tensor:
-    """(tokens, head size / 2) to (tokens, head size): each value once for either channel of its pair."""
-    return values.repeat_interleave(2, dim=-1).float()
