@@ -189,7 +189,7 @@ def test_the_plan_counts_what_captured_steps_keep(text):
     blocks = len(of.weights.blocks)
     placements = (Placement(blocks, text=text), Placement(9, text=text), Placement(9, text=text, pinned=False))
     captured, streamed, plain = (gpu_bytes(of, placement) for placement in placements)
-    name, inputs = "captured steps", 4608 * 128 * 2 * 4 + (512 * 4096 + 2 * 4096 * 64 + 344 * 3072) * 2
+    name, inputs = "captured steps", 4608 * 64 * 2 * 4 + (512 * 4096 + 2 * 4096 * 64 + 344 * 3072) * 2
     kept = inputs + 35_000_000  # and a workspace of cuBLAS
     assert captured["denoise"][name] == kept
     for phase in ("text", "decode"):

@@ -85,7 +85,8 @@ def test_more_resident_blocks_are_hardly_ever_slower_and_only_take_more(count, s
     def held(resident: int) -> int:
         return sum(gpu_bytes(of, Placement(resident, text=text))["denoise"].values())
 
-    assert seconds(count + 1) <= seconds(count) + max(blocks) / machine.bus, "by one copy, where blocks fall otherwise"
+    most = (seconds(count) + max(blocks) / machine.bus) * (1 + 1e-9)
+    assert seconds(count + 1) <= most, "by one copy, where blocks fall otherwise"
     if count < 55:  # at the end the slots go, and all of it may take less
         assert held(count + 1) >= held(count)
     assert host_bytes(of, Placement(count + 1, text=text)) <= host_bytes(of, Placement(count, text=text))
