@@ -7,6 +7,7 @@ that stay where they are, at each replay.
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -258,6 +259,27 @@ def test_another_runner_keeps_them_away(twins, make_inputs):
     assert len(seen) == 3 * 5
     models[0].runner = run_block
     assert run(models, inputs, 1) == [REPLAYED]
+
+
+@torch.inference_mode()
+def test_a_forward_waits_for_others_before_it_writes_anything(twins, make_inputs):
+    """The modulation decodes its weights into the buffer that the step of another stream may be reading."""
+    events = []
+
+    class Waiting(Double):
+        @contextmanager
+        def in_turn(self):
+            events.append("in turn")
+            yield
+            events.append("done")
+
+    model, modulator = twins()[0], twins()[0].modulator
+    model.stepper = GraphedSteps(Waiting())
+    model.modulator = lambda *given: (events.append("modulation"), modulator(*given))[1]
+    for _ in range(3):
+        model(**make_inputs(model.config))
+    assert model.stepper.last == REPLAYED
+    assert events == ["in turn", "modulation", "done"] * 3
 
 
 @torch.inference_mode()

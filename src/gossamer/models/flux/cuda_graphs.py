@@ -43,7 +43,13 @@ class CudaGraphs:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Wait for the stream that was used before, where it is another one."""
+        """Wait for the stream that was used before, where it is another one.
+
+        Inside somebody else's capture nothing is waited for: a graph cannot depend on what is not part of it.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            yield
+            return
         stream = torch.cuda.current_stream()
         if self._done is not None and self._done[0] != stream:
             stream.wait_event(self._done[1])

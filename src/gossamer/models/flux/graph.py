@@ -86,8 +86,11 @@ class GraphedSteps:
         shapes = shapes_of(inputs)
         if shapes not in self._captured and shapes not in self._warm:
             return self._warm_up(model, inputs)
-        with self._backend.in_turn():
-            return self._replay(shapes, model, inputs)
+        return self._replay(shapes, model, inputs)
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """Around a whole forward: what it makes before its step, and the step, wait for those of other streams."""
+        return self._backend.in_turn()
 
     def _moved_by_scales(self, model: Any) -> bool:
         """Whether new scales could not be shown in place: where bytes are needed for it that are not there now."""

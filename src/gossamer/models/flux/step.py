@@ -7,8 +7,9 @@ model.stepper = GraphedSteps(CudaGraphs())      see `graph`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -43,3 +44,18 @@ def run_step(model: Any, inputs: StepInputs) -> torch.Tensor:
     """The plain way."""
     sample: torch.Tensor = model.run(inputs)
     return sample
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """A stepper whose forwards share memory."""
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """Around a forward, which waits for those before it on other streams."""
+
+
+def in_turn(stepper: Stepper) -> AbstractContextManager[None]:
+    """What a forward runs in. A compiled forward is one of many calls in a graph of its own, and waits for nobody."""
+    if torch.compiler.is_compiling() or not isinstance(stepper, TakesTurns):
+        return nullcontext()
+    return stepper.in_turn()

@@ -43,7 +43,7 @@ from gossamer.models.flux.seam import (
     run_block,
     run_blocks,
 )
-from gossamer.models.flux.step import StepInputs, Stepper, run_step
+from gossamer.models.flux.step import StepInputs, Stepper, in_turn, run_step
 
 Residuals = Sequence[torch.Tensor] | None
 
@@ -117,7 +117,7 @@ class FluxTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignor
         with a timestep from 0 to 1, `img_ids` and `txt_ids` (tokens, axes). ControlNet samples are
         (batch, image tokens, width) each. `joint_attention_kwargs` may hold `scale`, the strength of PEFT adapters.
         """
-        with lora_scale(self, joint_attention_kwargs or {}):
+        with lora_scale(self, joint_attention_kwargs or {}), in_turn(self.stepper):
             given = Conditions(timestep, guidance, pooled_projections, hidden_states.dtype, self._branch)
             vectors = self.modulator(self, given)
             turned = rotation(txt_ids, img_ids, self._axes)
