@@ -34,7 +34,7 @@ PROCESSORS = 132  # of an H200
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compiled(kernel: JITFunction, arguments: tuple[Any, ...], source: type[ASTSource], warps: int) -> Any:
+def compiled(kernel: JITFunction, arguments: tuple[Any, ...], source: type[ASTSource], **options: int) -> Any:
     """Types, constants and alignments as Triton derives them from the arguments of a launch."""
     signature, constants, aligned = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
@@ -46,7 +46,6 @@ def compiled(kernel: JITFunction, arguments: tuple[Any, ...], source: type[ASTSo
         divides = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
         if divides or isinstance(value, torch.Tensor):
             aligned[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": warps}
     return compile_kernel(source(kernel, signature, constants, aligned), GPUTarget("cuda", 90, 32), options)
 
 
@@ -71,7 +70,7 @@ def codes_of(turn: Turn) -> Any:
     """The producer of codes."""
     q, k, v = attended()
     plan = plan_codes(q, k, v, *turn)
-    return compiled(codes_kernel, (q, k, v, *turn.tensors, *empty_codes(q), *plan.numbers), ASTSource, plan.warps)
+    return compiled(codes_kernel, (q, k, v, *turn.tensors, *empty_codes(q), *plan.numbers), ASTSource, **plan.options)
 
 
 def attention() -> Any:
@@ -83,7 +82,7 @@ def attention() -> Any:
     scales = codes.q_scales, codes.k_scales, codes.exponents
     numbers = attention_eight_bit.tile_numbers(q.shape, PROCESSORS)
     arguments = (boxes.queries, boxes.keys, boxes.values, out, *scales, *numbers)
-    return compiled(attention_eight_bit_kernel, arguments, GluonASTSource, attention_eight_bit.WARPS)
+    return compiled(attention_eight_bit_kernel, arguments, GluonASTSource, num_warps=attention_eight_bit.WARPS)
 
 
 # machine code ---------------------------------------------------------------------------------------------------------

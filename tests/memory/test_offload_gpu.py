@@ -15,7 +15,7 @@ from gossamer.adapters import attach, detach
 from gossamer.bench.random_flux import TINY, Workload, fill, random_adapters, step_inputs
 from gossamer.formats import pack
 from gossamer.layers import LowRank, QuantLinear
-from gossamer.memory.activations import captured_bytes
+from gossamer.memory.activations import CUBLAS_BYTES, captured_bytes
 from gossamer.memory.offload import offload
 from gossamer.memory.offload_copier import CudaCopier
 from gossamer.memory.offload_feed import StraightFeed
@@ -118,8 +118,10 @@ def test_the_peak_is_under_the_bound(work, slots):
     """Weights on the device are what `device_bytes` says, and nothing of the others is allocated in passing."""
     model = built(work, "nf4", "bf16")
     expected = run(model, work)
-    with peak() as resident:
+    model.stepper, graphed = run_step, model.stepper
+    with peak() as step:
         run(model, work)
+    model.stepper = graphed
     weights = sum(layer.stored.kept.nbytes for layer in linear_layers(model).values())
     before = torch.cuda.memory_allocated()
     handle = offload({"transformer": model}, Placement(0, slots), CUDA)
@@ -130,7 +132,8 @@ def test_the_peak_is_under_the_bound(work, slots):
     with peak() as found:
         assert torch.equal(run(model, work, 3), expected)
     slot_bytes = sum(handle.device_bytes.values())
-    assert found.bytes <= resident.bytes + slot_bytes + captured(work) + 4 * 2**20
+    # workspaces come anew after a placement, one for captures and one for steps that run call by call
+    assert found.bytes <= step.bytes + slot_bytes + captured(work) + CUBLAS_BYTES
 
 
 def captured(work):

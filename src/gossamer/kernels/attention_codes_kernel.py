@@ -28,8 +28,10 @@ from gossamer.kernels.pointwise.launch import Launch, Launcher, Plan, require_sh
 from gossamer.kernels.pointwise.modulate import EPS
 from gossamer.kernels.pointwise.triton_tiles import appended
 
-WARPS = 8
-ROWS = 16  # tokens of a step: 8 values a thread, which a load of 16 bytes gives; twice as many take 170 registers
+# Two programs on a multiprocessor, each with all keys of its block in registers: 32 values a thread, and 8 of a step,
+# which a load of 16 bytes gives. Half as many warps have 64 keys a thread, and nothing to do while those wait.
+WARPS, REGISTERS = 16, 64
+ROWS = 32  # tokens of a step
 
 
 @triton.jit(do_not_specialize=("tokens", "heads", "blocks", "text_tokens"))
@@ -77,40 +79,52 @@ def codes_kernel(
     """One block of one head: q and k, or v, as the third number of the program says.
 
     q and k go ROWS tokens at a time: cos, sin and weights of all of them do not fit into the registers beside k, whose
-    scale is known when its last token is. Scales of q move between threads, which wait for each other: after the loop.
+    scale is known when its last token is. What a step reads is loaded before the step before it stores, since no load
+    begins above a store. Scales of q move between threads, which wait for each other: all at once, after the loop.
     """
     block, head, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if which == 0:
-        row, turned, largest, peak = tl.arange(0, ROWS), (), (), tl.zeros((ROWS,), tl.int32)
+        PARTS: tl.constexpr = BLOCK // ROWS
+        row, turned, peak = tl.arange(0, ROWS), (), tl.zeros((ROWS,), tl.int32)
+        scales = tl.zeros((ROWS, PARTS), tl.float32)
         start = head.to(tl.int64) * tokens + block * BLOCK
         offsets = (start + row)[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
-        for part in tl.static_range(BLOCK // ROWS):
-            token = block * BLOCK + part * ROWS + row
-            queries = load_tokens(q, token, head, tokens, heads, q_batch, q_head, q_token, HEAD)
-            keys = load_tokens(k, token, head, tokens, heads, k_batch, k_head, k_token, HEAD)
-            if cos is not None:
-                cosines = load_rotation(cos, token, tokens, cos_token, HEAD)
-                sines = load_rotation(sin, token, tokens, sin_token, HEAD)
-                weights = load_weights(query, text_query, token < text_tokens, ROWS, HEAD)
-                queries = norm_rotate(queries, weights, cosines, sines, eps, ROWS, HEAD)
-                weights = load_weights(key, text_key, token < text_tokens, ROWS, HEAD)
-                keys = norm_rotate(keys, weights, cosines, sines, eps, ROWS, HEAD)
-            turned, peak = appended(turned, keys), tl.maximum(peak, largest_of_rows(keys, LEAST))
-            largest = appended(largest, largest_of_rows(queries, LEAST).to(tl.float32, bitcast=True))
-            mask = (token < tokens)[:, None]
-            store_rounded(q8, queries, largest[part], offsets + part * (ROWS * HEAD), mask, STEPS)
+        waiting_q, waiting_k, cosines, sines = (), (), (), ()
+        for part in tl.static_range(-1, PARTS):
+            if part + 1 < PARTS:
+                token = block * BLOCK + (part + 1) * ROWS + row
+                next_q = load_tokens(q, token, head, tokens, heads, q_batch, q_head, q_token, HEAD)
+                next_k = load_tokens(k, token, head, tokens, heads, k_batch, k_head, k_token, HEAD)
+                waiting_q, waiting_k = appended(waiting_q, next_q), appended(waiting_k, next_k)
+                if cos is not None:
+                    cosines = appended(cosines, load_rotation(cos, token, tokens, cos_token, HEAD))
+                    sines = appended(sines, load_rotation(sin, token, tokens, sin_token, HEAD))
+            if part >= 0:
+                token = block * BLOCK + part * ROWS + row
+                queries, keys = waiting_q[part].to(tl.float32), waiting_k[part].to(tl.float32)
+                if cos is not None:
+                    weights = load_weights(query, text_query, token < text_tokens, ROWS, HEAD)
+                    queries = norm_rotate(queries, weights, cosines[part], sines[part], eps, ROWS, HEAD)
+                    weights = load_weights(key, text_key, token < text_tokens, ROWS, HEAD)
+                    keys = norm_rotate(keys, weights, cosines[part], sines[part], eps, ROWS, HEAD)
+                turned, peak = appended(turned, keys), tl.maximum(peak, largest_of_rows(keys, LEAST))
+                largest = largest_of_rows(queries, LEAST).to(tl.float32, bitcast=True)
+                scales = tl.where(tl.arange(0, PARTS)[None, :] == part, largest[:, None], scales)
+                mask = (token < tokens)[:, None]
+                store_rounded(q8, queries, largest, offsets + part * (ROWS * HEAD), mask, STEPS)
         largest_key = tl.max(peak, 0).to(tl.float32, bitcast=True)
         tl.store(k_scales + head * blocks + block, largest_key * (1 / STEPS))
-        for part in tl.static_range(BLOCK // ROWS):
-            inside = block * BLOCK + part * ROWS + row < tokens
-            tl.store(q_scales + start + part * ROWS + row, largest[part] * (LOG2_SCALE / STEPS), mask=inside)
+        for part in tl.static_range(PARTS):
+            inside = (block * BLOCK + part * ROWS + row < tokens)[:, None]
             every = tl.zeros((ROWS,), tl.float32) + largest_key
-            store_rounded(k8, turned[part], every, offsets + part * (ROWS * HEAD), inside[:, None], STEPS)
+            store_rounded(k8, turned[part], every, offsets + part * (ROWS * HEAD), inside, STEPS)
+        each = row[:, None] + tl.arange(0, PARTS)[None, :] * ROWS
+        tl.store(q_scales + start + each, scales * (LOG2_SCALE / STEPS), mask=block * BLOCK + each < tokens)
     else:
         place = tl.arange(0, BLOCK)
         key_at = block * BLOCK + ((place & -16) | ((place >> 1 & 1) << 3) | ((place >> 2 & 3) << 1) | (place & 1))
         tile = load_tokens(v, key_at, head, tokens, heads, v_batch, v_head, v_token, HEAD)
-        store_values(v8, exponents, tile, head, block, blocks, HEAD, BLOCK, SMALLEST, LARGEST)
+        store_values(v8, exponents, tile.to(tl.float32), head, block, blocks, HEAD, BLOCK, SMALLEST, LARGEST)
 
 
 # launch ---------------------------------------------------------------------------------------------------------------
@@ -184,7 +198,8 @@ def plan_codes(
     of_rotation = (cos.stride(0), sin.stride(0)) if cos is not None and sin is not None else (0, 0)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *of_rotation)
     constants = (head, BLOCK, ROWS, SMALLEST, LARGEST, LEAST, STEPS, LOG2_SCALE)
-    return Plan((blocks, batch * heads, 2), (text_tokens, eps, tokens, heads, blocks, *strides, *constants), WARPS)
+    numbers = (text_tokens, eps, tokens, heads, blocks, *strides, *constants)
+    return Plan((blocks, batch * heads, 2), numbers, WARPS, REGISTERS)
 
 
 codes_launch = Launcher(codes_kernel, plan_codes)

@@ -66,10 +66,10 @@ def load_tokens(
     token_stride: tl.tensor,
     HEAD: tl.constexpr,
 ) -> tl.tensor:
-    """Tokens of one head in float32, zeros behind the last; `head` counts through the batch."""
+    """Tokens of one head (rows, HEAD) as they are stored, zeros behind the last; `head` counts through the batch."""
     begin = x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
     pointer = begin + token.to(tl.int64)[:, None] * token_stride + tl.arange(0, HEAD)[None, :]
-    return tl.load(pointer, mask=(token < tokens)[:, None], other=0.0).to(tl.float32)
+    return tl.load(pointer, mask=(token < tokens)[:, None], other=0.0)
 
 
 @triton.jit

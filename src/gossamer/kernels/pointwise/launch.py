@@ -109,11 +109,17 @@ def require_shape(shape: tuple[int, ...], **tensors: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel is launched with besides its tensors."""
+    """What a kernel is launched with besides its tensors; `registers` are the most of a thread."""
 
     grid: tuple[int, int, int]
     numbers: tuple[float | None, ...]  # the parameters behind the tensors, in their order
     warps: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        return {"num_warps": self.warps, **({} if self.registers is None else {"maxnreg": self.registers})}
 
 
 class Launch:
@@ -137,9 +143,9 @@ class Launch:
                 return
             rehearsal = under_way()
             if rehearsal is not None:
-                rehearsal.ask(self._kernel, plan.grid, *tensors, *plan.numbers, num_warps=plan.warps)
+                rehearsal.ask(self._kernel, plan.grid, *tensors, *plan.numbers, **plan.options)
                 return
-            compiled = self._kernel[plan.grid](*tensors, *plan.numbers, num_warps=plan.warps)
+            compiled = self._kernel[plan.grid](*tensors, *plan.numbers, **plan.options)
             self._run = compiled[plan.grid] if compiled is not None else None
 
 
