@@ -101,7 +101,8 @@ def codes_kernel(
                     sines = appended(sines, load_rotation(sin, token, tokens, sin_token, HEAD))
             if part >= 0:
                 token = block * BLOCK + part * ROWS + row
-                queries, keys = waiting_q[part].to(tl.float32), waiting_k[part].to(tl.float32)
+                queries: tl.tensor = waiting_q[part].to(tl.float32)
+                keys: tl.tensor = waiting_k[part].to(tl.float32)
                 if cos is not None:
                     weights = load_weights(query, text_query, token < text_tokens, ROWS, HEAD)
                     queries = norm_rotate(queries, weights, cosines[part], sines[part], eps, ROWS, HEAD)
