@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/flux_step.py
     PYTHONPATH=src python benchmarks/flux_step.py --rows 'gossamer/nf4/*,torchao+compile/*/none'
-    PYTHONPATH=src python benchmarks/flux_step.py --resume benchmarks/results/flux_step-nvidia-h200-2026-11-20.json
+    PYTHONPATH=src python benchmarks/flux_step.py --resume benchmarks/results/flux_step-nvidia-h200-2026-11-21.json
 
 1024x1024, batch 1, 512 text tokens. A row is `system/storage/compute/adapters`. Each model runs in a process of its own
 with empty kernel caches, so that the `first_call_seconds` of its first row owes nothing to another model, and a crash

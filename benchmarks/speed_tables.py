@@ -1,9 +1,9 @@
 """The tables of README, docs/speed.md and docs/planning.md, from the records of the benchmarks on a GPU.
 
     PYTHONPATH=src python benchmarks/speed_tables.py --write README.md docs/speed.md docs/planning.md
-    PYTHONPATH=src python benchmarks/speed_tables.py --machine nvidia-h200 --date 2026-11-20
+    PYTHONPATH=src python benchmarks/speed_tables.py --machine nvidia-h200 --date 2026-11-21
 
-Without --write every table is printed. A file has room for the table NAME between the lines `<!-- NAME: begin -->` and
+A table is made from the newest record of its benchmark, or from that of the date. Without --write every table is printed. A file has room for the table NAME between the lines `<!-- NAME: begin -->` and
 `<!-- NAME: end -->`. A record that is not there leaves its table as it is.
 """
 
@@ -30,37 +30,36 @@ Record = Mapping[str, Any]
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--machine", default="nvidia-h200")
-    made.add_argument("--date", default="2026-11-20")
+    made.add_argument("--date", default="????-??-??", help="of the records (default: the newest of each)")
     made.add_argument("--write", nargs="*", type=Path, default=[], help="files to put the tables into")
     options = made.parse_args()
-    found = tables(f"{options.machine}-{options.date}")
+    found = tables(options.machine, options.date)
     for path in options.write:
         path.write_text(filled(path.read_text("utf-8"), found), "utf-8")
     if not options.write:
         print("\n".join(f"# {name}\n{text}" for name, text in found.items()))
 
 
-def tables(ending: str) -> dict[str, str]:
-    """Every table whose record is there, by its name."""
+def tables(machine: str, date: str) -> dict[str, str]:
+    """Every table whose record is there, by its name; `date` may hold wildcards, of which the newest is taken."""
     sources: dict[str, tuple[str, Callable[[Record], str]]] = {
         "flux-step": ("flux_step", step_table),
         "flux-promises": ("flux_step", promises),
         "fits": ("fits", fits_table),
         "fits-promises": ("fits", fits_promises),
-        "flux-step-later": ("flux_step_later", step_table),
-        "flux-promises-later": ("flux_step_later", promises),
+        "fits-beside": ("fits_beside_pictures", beside_table),
         "kernels": ("kernels", kernel_table),
+        "kernels-of-codes": ("kernels_of_codes", kernel_table),
         "changes": ("flux_changes", changes_table),
         "prepass": ("prepass", prepass_table),
         "host-memory": ("host_memory", host_table),
         "attention": ("attention", attention_table),
         "embedded-paths": ("embedded_paths", path_table),
     }
-    paths = {name: RESULTS / f"{benchmark}-{ending}.json" for name, (benchmark, _) in sources.items()}
     return {
-        name: make(json.loads(paths[name].read_text("utf-8")))
-        for name, (_, make) in sources.items()
-        if paths[name].exists()
+        name: make(json.loads(found[-1].read_text("utf-8")))
+        for name, (benchmark, make) in sources.items()
+        if (found := sorted(RESULTS.glob(f"{benchmark}-{machine}-{date}.json")))
     }
 
 
@@ -92,6 +91,30 @@ def fits_table(record: Record) -> str:
 def fits_promises(record: Record) -> str:
     """What they take beside what was aimed at."""
     return plot_fits.promise_table({row["name"]: row for row in record["rows"]})
+
+
+BESIDE = (
+    ("diffusers-sequential-picture/bf16", "nf4/2GB", 20),
+    ("diffusers-group-picture/bf16", "nf4/2GB", 3),
+    ("diffusers-model-picture/Q8_0", "Q8_0/12GB", 2),
+)
+
+
+def beside_table(record: Record) -> str:
+    """Whole pictures by diffusers' pipelines beside ours: time of a step, memory, and what was aimed at."""
+    rows, lines = {row["name"]: row for row in record["rows"]}, []
+    for theirs, ours, least in BESIDE:
+        cells = [cell for name in (theirs, ours) for cell in _time_and_memory(name, rows[name])]
+        times = rows[theirs]["step_seconds"] / rows[ours]["step_seconds"]
+        kept = times >= least and rows[ours]["peak_bytes"] <= rows[theirs]["peak_bytes"]
+        lines.append([*cells, f"{times:.1f}", f"{least}, at no more memory", "kept" if kept else "**missed**"])
+    own = ["ms a step", "peak, GB"]
+    head = ["diffusers", *own, "gossamer", *own, "times as fast", "at least", " "]
+    return table(head, lines) + "\n" + described(record)
+
+
+def _time_and_memory(name: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return name.removeprefix("diffusers-"), f"{row['step_seconds'] * 1e3:.1f}", f"{row['peak_bytes'] / 1e9:.2f}"
 
 
 def kernel_table(record: Record) -> str:
