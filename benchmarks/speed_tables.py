@@ -3,8 +3,9 @@
     PYTHONPATH=src python benchmarks/speed_tables.py --write README.md docs/speed.md docs/planning.md
     PYTHONPATH=src python benchmarks/speed_tables.py --machine nvidia-h200 --date 2026-11-21
 
-A table is made from the newest record of its benchmark, or from that of the date. Without --write every table is printed. A file has room for the table NAME between the lines `<!-- NAME: begin -->` and
-`<!-- NAME: end -->`. A record that is not there leaves its table as it is.
+A table is made from the newest record of its benchmark, or from that of the date; without one it stays as it is.
+Without --write every table is printed. A file has room for the table NAME between the lines `<!-- NAME: begin -->` and
+`<!-- NAME: end -->`.
 """
 
 from __future__ import annotations
