@@ -58,6 +58,33 @@ def main() -> None:
 # promises -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way of diffusers to offload, the row of ours beside it, and how many times as long its step is to be."""
+
+    kind: str
+    storage: str
+    ours: str
+    least: float
+
+    @property
+    def steps(self) -> str:
+        """The row with steps of its transformer alone."""
+        return f"diffusers-{self.kind}/{self.storage}"
+
+    @property
+    def picture(self) -> str:
+        """The row with whole pictures."""
+        return f"diffusers-{self.kind}-picture/{self.storage}"
+
+
+WAYS = (
+    Way("sequential", "bf16", "nf4/2GB", 20.0),
+    Way("group", "bf16", "nf4/2GB", 3.0),
+    Way("model", "Q8_0", "Q8_0/12GB", 2.0),
+)
+
+
 def promises() -> Iterator[Promise]:
     """What the whole is to keep, in the order of its issue."""
     yield Promise("nf4 in 6 GB: peak, GB", gigabytes("nf4/6GB", "peak_bytes"), 5.6)
@@ -70,20 +97,13 @@ def promises() -> Iterator[Promise]:
     yield Promise("Q8_0 in 12 GB: blocks that stream", streamed("Q8_0/12GB"), 0)
     yield Promise("fp8 in 12 GB: blocks that stream", streamed("fp8/12GB"), 0)
     yield Promise("bf16 in 24 GB: blocks that stream", streamed("bf16/24GB"), 0)
-    for peer, least in (("diffusers-sequential/bf16", 20.0), ("diffusers-group/bf16", 3.0)):
-        yield Promise(f"{peer}: step over ours, nf4 in 2 GB", ratio(peer, "nf4/2GB", "step_seconds"), least, True)
-    yield Promise(
-        "diffusers-model/Q8_0: step over ours, Q8_0 in 12 GB",
-        ratio("diffusers-model/Q8_0", "Q8_0/12GB", "step_seconds"),
-        2.0,
-        True,
-    )
-    for peer, ours in (
-        ("diffusers-sequential-picture/bf16", "nf4/2GB"),
-        ("diffusers-group-picture/bf16", "nf4/2GB"),
-        ("diffusers-model-picture/Q8_0", "Q8_0/12GB"),
-    ):
-        yield Promise(f"{peer}: peak over that of {ours}", ratio(peer, ours, "peak_bytes"), 1.0, True)
+    for way in WAYS:
+        told = way.ours.replace("/", " in ").replace("GB", " GB")
+        step = ratio(way.steps, way.ours, "step_seconds")
+        yield Promise(f"{way.steps}: step over ours, {told}", step, way.least, True)
+    for way in WAYS:
+        peak = ratio(way.picture, way.ours, "peak_bytes")
+        yield Promise(f"{way.picture}: peak over that of {way.ours}", peak, 1.0, True)
     yield Promise("plans compared", lambda rows: float(len(planned(rows))), 12, True)
     yield Promise("peak: worst distance from the prediction", worst("peak_bytes", "predicted_peak_bytes"), 0.05)
     yield Promise("step: worst distance from the prediction", worst("step_seconds", "predicted_step_seconds"), 0.20)

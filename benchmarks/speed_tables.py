@@ -94,21 +94,15 @@ def fits_promises(record: Record) -> str:
     return plot_fits.promise_table({row["name"]: row for row in record["rows"]})
 
 
-BESIDE = (
-    ("diffusers-sequential-picture/bf16", "nf4/2GB", 20),
-    ("diffusers-group-picture/bf16", "nf4/2GB", 3),
-    ("diffusers-model-picture/Q8_0", "Q8_0/12GB", 2),
-)
-
-
 def beside_table(record: Record) -> str:
     """Whole pictures by diffusers' pipelines beside ours: time of a step, memory, and what was aimed at."""
     rows, lines = {row["name"]: row for row in record["rows"]}, []
-    for theirs, ours, least in BESIDE:
-        cells = [cell for name in (theirs, ours) for cell in _time_and_memory(name, rows[name])]
-        times = rows[theirs]["step_seconds"] / rows[ours]["step_seconds"]
-        kept = times >= least and rows[ours]["peak_bytes"] <= rows[theirs]["peak_bytes"]
-        lines.append([*cells, f"{times:.1f}", f"{least}, at no more memory", "kept" if kept else "**missed**"])
+    for way in plot_fits.WAYS:
+        theirs, ours = rows[way.picture], rows[way.ours]
+        cells = [*_time_and_memory(way.picture, theirs), *_time_and_memory(way.ours, ours)]
+        times = theirs["step_seconds"] / ours["step_seconds"]
+        kept = times >= way.least and ours["peak_bytes"] <= theirs["peak_bytes"]
+        lines.append([*cells, f"{times:.1f}", f"{way.least:g}, at no more memory", "kept" if kept else "**missed**"])
     own = ["ms a step", "peak, GB"]
     head = ["diffusers", *own, "gossamer", *own, "times as fast", "at least", " "]
     return table(head, lines) + "\n" + described(record)
