@@ -136,9 +136,9 @@ def _shifts(count: int) -> str:
 
 
 @triton.constexpr_function
-def _shift_operands(count: int) -> str:
-    """The constraints of these operands."""
-    return ",".join(["=r"] * count + ["r"] * 3 * count)
+def _shift_operands(count: int, word: str) -> str:
+    """The constraints of these operands: `word` is r for words of four bytes, l for those of eight."""
+    return ",".join([f"={word}"] * count + [word] * 2 * count + ["r"] * count)
 
 
 @triton.constexpr_function
@@ -160,10 +160,27 @@ def _long_shifts(count: int) -> str:
     return f"{{ {' '.join(lines)} }}"
 
 
-@triton.constexpr_function
-def _long_shift_operands(count: int) -> str:
-    """The constraints of these operands."""
-    return ",".join(["=l"] * count + ["l"] * 2 * count + ["r"] * count)
+@triton.jit
+def _granules(
+    start: tl.tensor,
+    inside: tl.tensor,
+    DTYPE: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tl.tuple:
+    """From `start` (ROWS, parts), an even address, on: (ROWS, parts, GROUPS, SIZE) words of BYTES bytes at multiples of
+    BYTES, the word behind each group, and how many bytes before `start` the first begins, (ROWS, parts, 1, 1).
+
+    The word behind is read only where bytes of it belong to the group, so none reaches into another granule of BYTES.
+    """
+    by = (start.to(tl.int64) & (BYTES - 2)).to(tl.int32)[:, :, None, None]
+    pointer = (start[:, :, None, None] - by).to(tl.pointer_type(DTYPE))
+    group = (steps(GROUPS) * SIZE)[None, None, :, None]
+    there = inside[:, :, None, None]
+    word = tl.load(pointer + group + steps(SIZE)[None, None, None, :], mask=there, other=0)
+    behind = tl.load(pointer + group + SIZE, mask=there & (by != 0), other=0)
+    return word, behind, by
 
 
 @triton.jit
@@ -174,7 +191,7 @@ def load_words(
 
     Addresses are multiples of four where ALIGNED, else of two. A Gluon thread, which has RUN neighbouring elements and
     so RUN / 4 words, then reads one word more and shifts: a warp's load takes as long as it has rows, whatever its
-    width. The word at either end may reach two bytes beyond the block, never into another granule of four bytes.
+    width.
     """
     if ALIGNED:
         pointer = start.to(tl.pointer_type(tl.int32))[:, :, None] + steps(COUNT)[None, None, :]
@@ -184,16 +201,11 @@ def load_words(
         return tl.load(pointer, mask=inside[:, :, None], other=0).to(tl.int32)
     else:
         GROUP: tl.constexpr = RUN // 4
-        odd = (start.to(tl.int64) & 2).to(tl.int32)[:, :, None, None]
-        pointer = (start[:, :, None, None] - odd).to(tl.pointer_type(tl.int32))
-        group = (steps(COUNT // GROUP) * GROUP)[None, None, :, None]
-        there = inside[:, :, None, None]
-        word = tl.load(pointer + group + steps(GROUP)[None, None, None, :], mask=there, other=0)
-        behind = tl.load(pointer + group + GROUP, mask=there & (odd != 0), other=0)
+        word, behind, by = _granules(start, inside, tl.int32, 4, COUNT // GROUP, GROUP)
         shifted = tl.inline_asm_elementwise(
             _shifts(GROUP),
-            _shift_operands(GROUP),
-            [word, behind, 0x3210 + odd * 0x1111],
+            _shift_operands(GROUP, "r"),
+            [word, behind, 0x3210 + by * 0x1111],
             dtype=tl.int32,
             is_pure=True,
             pack=GROUP,
@@ -205,23 +217,15 @@ def load_words(
 def load_long_words(
     start: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, ALIGNED: tl.constexpr, RUN: tl.constexpr
 ) -> tl.tensor:
-    """`load_words`, by loads of eight bytes where a Gluon thread has to shift: three fifths of the loads.
-
-    The word at either end may reach six bytes beyond the block, never into another granule of eight bytes.
-    """
+    """`load_words`, by loads of eight bytes where a Gluon thread has to shift: three fifths of the loads."""
     if ALIGNED or RUN == 0:
         return load_words(start, inside, COUNT, ALIGNED, RUN)
     else:
         GROUP: tl.constexpr = RUN // 8
-        by = (start.to(tl.int64) & 6).to(tl.int32)[:, :, None, None]
-        pointer = (start[:, :, None, None] - by).to(tl.pointer_type(tl.int64))
-        group = (steps(COUNT // 2 // GROUP) * GROUP)[None, None, :, None]
-        there = inside[:, :, None, None]
-        word = tl.load(pointer + group + steps(GROUP)[None, None, None, :], mask=there, other=0)
-        behind = tl.load(pointer + group + GROUP, mask=there & (by != 0), other=0)
+        word, behind, by = _granules(start, inside, tl.int64, 8, COUNT // 2 // GROUP, GROUP)
         long = tl.inline_asm_elementwise(
             _long_shifts(GROUP),
-            _long_shift_operands(GROUP),
+            _shift_operands(GROUP, "l"),
             [word, behind, by],
             dtype=tl.int64,
             is_pure=True,
