@@ -83,7 +83,8 @@ def matmul_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     torch's operator takes the other form of GELU on a CPU, so there it follows the product.
     """
     if not x.is_cuda:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        activated: torch.Tensor = torch.ops.aten.gelu_(F.linear(x, weight, bias), approximate="tanh")
+        return activated
     given = x.new_zeros(weight.shape[0]) if bias is None else bias
     rows = torch._addmm_activation(given, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
     return rows.view(*x.shape[:-1], weight.shape[0])

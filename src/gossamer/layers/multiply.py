@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from gossamer.kernels.pointwise.rows import Rows
-from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_gelu, matmul_int8, matmul_parts
+from gossamer.kernels.products import SCALED_PRODUCTS, matmul, matmul_gelu, matmul_int8
 from gossamer.layers.execution import Execution
 from gossamer.layers.operand import Operand
 
@@ -40,11 +38,6 @@ def multiply_gelu(
     bias = operand.bias
     head, tail = (None, None) if bias is None else (bias[:plain], bias[plain:])
     return matmul(x, weight[:plain], head), matmul_gelu(x, weight[plain:], tail)
-
-
-def multiply_parts(parts: Sequence[torch.Tensor], weight: torch.Tensor, operand: Operand) -> torch.Tensor:
-    """Parts of a row (..., width in all) that lie apart, without putting them side by side first."""
-    return matmul_parts(parts, weight, operand.bias)
 
 
 def _flat(out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -18,9 +18,10 @@ from gossamer.formats import Packed
 from gossamer.kernels.operators import lasting
 from gossamer.kernels.pointwise.backends import Pointwise
 from gossamer.kernels.pointwise.rows import Rows
+from gossamer.kernels.products import matmul_parts
 from gossamer.layers.execution import Execution
 from gossamer.layers.model_terms import Lift, ModelTerms
-from gossamer.layers.multiply import multiply, multiply_gelu, multiply_parts
+from gossamer.layers.multiply import multiply, multiply_gelu
 from gossamer.layers.operand import (
     Keeper,
     Operand,
@@ -85,7 +86,7 @@ class GroupProduct:
     def of_parts(self, layers: tuple[QuantLinear, ...], parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Parts of the input that lie apart, (..., width) together, to (..., sum of outputs); float operands only."""
         operand, weight = self._ready(layers, None)
-        return multiply_parts(parts, weight, operand)
+        return matmul_parts(parts, weight, operand.bias)
 
     def _ready(self, layers: tuple[QuantLinear, ...], joined: Joined | None) -> tuple[Operand, torch.Tensor]:
         """The operand as the layers are now, and its weight, valid until the next one is written."""
