@@ -22,9 +22,10 @@ class LiveBytes(TorchDispatchMode):
         """Begin a new peak."""
         self.peak = self.now
 
-    def ignore(self, tensor: torch.Tensor) -> None:
-        """Never count the storage of a tensor, such as one of the host."""
-        self._note(tensor.untyped_storage(), 0)
+    def ignore(self, *tensors: torch.Tensor) -> None:
+        """Never count the storages of tensors, such as those of the host or of a model."""
+        for tensor in tensors:
+            self._note(tensor.untyped_storage(), 0)
 
     def _note(self, storage: torch.UntypedStorage, size: int) -> None:
         if storage._cdata not in self._known:

@@ -62,8 +62,7 @@ def arrive(live, monkeypatch):
         attach(model, adapter, name)
         terms = [term for layer in linear_layers(model).values() for term in layer.adapters() if term.name == name]
         factors = [factor for term in terms for factor in (term.down, term.up)]
-        for factor in factors:
-            live.ignore(factor)
+        live.ignore(*factors)
         with monkeypatch.context() as patch:
             patch.setattr(moves, "RUN_BYTES", moves.RUN_BYTES * BLOCKS // FLUX_DEV["num_layers"] // NARROWER)
             patch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor.clone())

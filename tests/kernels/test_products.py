@@ -55,15 +55,20 @@ def bound(scaled: list[torch.Tensor], bias: torch.Tensor | None, dtype: torch.dt
 # plain products -------------------------------------------------------------------------------------------------------
 
 
+def plain_operands(shape, out, spread, device, dtype, with_bias, seed):
+    """x of a shape, a weight (out, in) and a bias or None, and their product in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator).to(device, dtype)
+    weight = (torch.randn(out, shape[-1], generator=generator) * spread).to(device, dtype)
+    bias = torch.randn(out, generator=generator).to(device, dtype) if with_bias else None
+    return x, weight, bias, x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_matmul_is_the_same_into_a_given_buffer(device, dtype, with_bias):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 5, 24, generator=generator).to(device, dtype)
-    weight = torch.randn(7, 24, generator=generator).to(device, dtype)
-    bias = torch.randn(7, generator=generator).to(device, dtype) if with_bias else None
-    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    x, weight, bias, exact = plain_operands((2, 5, 24), 7, 1, device, dtype, with_bias, 1)
     out = torch.full((2, 5, 7), torch.nan, dtype=dtype, device=device)
     assert matmul(x, weight, bias, out) is out
     for result in (out, matmul(x, weight, bias)):
@@ -76,11 +81,7 @@ def test_matmul_is_the_same_into_a_given_buffer(device, dtype, with_bias):
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_matmul_gelu_is_the_tanh_form_of_a_product(device, dtype, with_bias):
     """5e-4 lie between the two forms, which float32 tells apart."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 64, 128, generator=generator).to(device, dtype)
-    weight = (torch.randn(96, 128, generator=generator) * 0.1).to(device, dtype)
-    bias = torch.randn(96, generator=generator).to(device, dtype) if with_bias else None
-    summed = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    x, weight, bias, summed = plain_operands((2, 64, 128), 96, 0.1, device, dtype, with_bias, 3)
     exact = torch.nn.functional.gelu(summed, approximate="tanh")
     result, eps = matmul_gelu(x, weight, bias), torch.finfo(dtype).eps
     assert (result.dtype, result.shape) == (dtype, (2, 64, 96))
@@ -91,12 +92,8 @@ def test_matmul_gelu_is_the_tanh_form_of_a_product(device, dtype, with_bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_parts_are_multiplied_as_if_they_lay_side_by_side(device, dtype, with_bias):
-    generator = torch.Generator().manual_seed(4)
-    whole = torch.randn(2, 5, 40, generator=generator).to(device, dtype)
-    weight = torch.randn(7, 40, generator=generator).to(device, dtype)
-    bias = torch.randn(7, generator=generator).to(device, dtype) if with_bias else None
+    whole, weight, bias, exact = plain_operands((2, 5, 40), 7, 1, device, dtype, with_bias, 4)
     parts = [part.contiguous() for part in whole.split([8, 24, 8], dim=2)]
-    exact = whole.double() @ weight.double().t() + (0 if bias is None else bias.double())
     result = matmul_parts(parts, weight, bias)
     assert (result.dtype, result.shape) == (dtype, (2, 5, 7))
     # a rounding a part, of sums up to 25
