@@ -26,7 +26,6 @@ from gossamer.models.flux import FluxTransformer, Operators, prepare
 from gossamer.models.swap import linear_layers, quantize
 from live_bytes import LiveBytes
 
-
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 4, "guidance_embeds": True}
 SMALL_SPEC = FLUX_DEV.__class__(1, 2, 4, 128, 64, 64, 4096, 768, guidance_embeds=True)
 
