@@ -7,8 +7,9 @@ a bytes and operands of o bytes:
     tokens a   normed rows a   queries, keys, values 3 a   gelu(mlp) 4 a         attended a              result a
 
 The second where operands are floats: the product takes GELU itself and reads its parts where they lie. At 1024x1024 and
-512 text tokens that is 368 MB with fp8 products and 311 MB in bf16; measured on one H200 with fp8: 0.37 GB beyond the
-weights (LOG.md, 2026-11-20). Decoded weights pass through one buffer of the largest operand.
+512 text tokens that is 368 MB with fp8 products and 311 MB in bf16. Measured on one H200 with fp8: 0.37 GB beyond the
+weights (LOG.md, 2026-11-20); in bf16 a test counts the tensors of a step. Decoded weights pass through one buffer of
+the largest operand.
 """
 
 from __future__ import annotations
