@@ -15,7 +15,7 @@ from gossamer.formats import Packed, pack
 from gossamer.kernels import decode as decoding
 from gossamer.kernels.decode_geometry import Geometry
 from gossamer.kernels.decode_reference import effective_weight, row_scales
-from gossamer.kernels.low_rank import StackedTerms, stack_terms
+from gossamer.kernels.low_rank import StackedTerms, powers, stack_terms
 from tune_decode_variants import OUTPUTS, Case
 
 SLAB = 64  # rows that are packed; the rest repeats them
@@ -66,7 +66,8 @@ def terms(rank: int, shape: Shape, device: str) -> StackedTerms | None:
         return torch.randn(size, device=device, generator=generator).bfloat16() * 0.02
 
     whole = stack_terms([(factor(shape.rows, rank), factor(rank, shape.width), 0.8)])
-    return StackedTerms(whole.up, factor(shape.bands * rank, shape.width), whole.scale.repeat(shape.bands), whole.ranks)
+    down = factor(shape.bands * rank, shape.width)
+    return StackedTerms(whole.up, down, whole.scale.repeat(shape.bands), powers(down), whole.ranks)
 
 
 # compiling ------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def _geometry(case: Case, chip: int) -> decode_geometry.Geometry:
     if chip < 80 or case.terms == "fp32" or case.by_triton:
         return decode_geometry.WITH_TERMS if case.terms else decode_geometry.STORED_ONLY
     if case.by_gluon:
-        return decode_geometry.gluon_terms(case.storage, DTYPES[case.output])
+        return decode_geometry.gluon_terms(case.storage, DTYPES[case.output], case.ranks)
     ranks = case.ranks * (1 + case.later_ranks) if case.terms else 0
     return decode_geometry.chosen_geometry(case.storage, DTYPES[case.output], ranks, chip == 90)
 
@@ -114,6 +114,7 @@ def source(case: Case, geometry: decode_geometry.Geometry, chip: int) -> ASTSour
     types |= {"out": pointer} | _stored_types(case.storage, chip)
     types |= {"row_scale": "*fp32"} if output != "float" else {}
     types |= {"up": f"*{case.terms}", "down": f"*{case.terms}", "rank_scale": "*fp32"} if case.terms else {}
+    types |= {"rank_power": "*fp32"} if case.terms and geometry.run else {}
     constants = {
         "FAMILY": stored.family,
         "FORMAT": stored.name,

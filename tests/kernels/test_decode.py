@@ -28,7 +28,7 @@ from gossamer.kernels.decode_reference import (
     row_scales,
 )
 from gossamer.kernels.decode_support import READABLE, decodable, why_not_decodable
-from gossamer.kernels.low_rank import StackedTerms, delta, set_scales, stack_terms
+from gossamer.kernels.low_rank import StackedTerms, delta, powers, set_scales, stack_terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float32 sums in another order, or three TF32 products
@@ -163,7 +163,7 @@ def test_each_band_of_rows_meets_its_own_factors(ranks, tiles):
     packed, out, whole = pack(weight_of(rows, columns), "fp8"), poisoned(rows, columns), terms_of(rows, columns, *ranks)
     rank = whole.up.shape[1]
     downs, strengths = weight_of(bands * rank, columns, seed=3), torch.linspace(0.5, 2.0, bands * rank, device=DEVICE)
-    terms = StackedTerms(whole.up, downs, strengths, whole.ranks)
+    terms = StackedTerms(whole.up, downs, strengths, powers(downs), whole.ranks)
     decode_by(Geometry(16, 128, 4), packed, out, terms, None, tiles)
     expected = unpack(packed, torch.float32)
     for band in range(bands):
@@ -188,7 +188,7 @@ def test_a_layer_is_cut_into_about_as_many_programs_as_asked_for(monkeypatch):
     [
         ("nf4", torch.bfloat16, 0, True, STORED_ONLY),
         ("bf16", torch.float8_e4m3fn, 16, True, WITH_TERMS),
-        ("nf4", torch.float8_e4m3fn, 32, False, gluon_terms("nf4", torch.float8_e4m3fn)),
+        ("nf4", torch.float8_e4m3fn, 32, False, gluon_terms("nf4", torch.float8_e4m3fn, 32)),
         ("nf4", torch.float8_e4m3fn, 64, False, WITH_TERMS),
         ("nf4", torch.float8_e4m3fn, 64, True, warpgroup_terms("nf4")),
         ("nf4", torch.bfloat16, 64, True, WITH_TERMS),

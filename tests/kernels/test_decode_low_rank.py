@@ -8,7 +8,7 @@ import torch
 from gossamer.errors import AdapterError
 from gossamer.formats import pack, unpack
 from gossamer.kernels.decode_reference import decode_in_torch, measure_row_scale_in_torch, round_to, row_scales
-from gossamer.kernels.low_rank import delta, rank_step, set_scales, stack_terms
+from gossamer.kernels.low_rank import delta, powers, rank_step, set_scales, stack_terms
 
 
 def term(rank: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, rows: int = 5, columns: int = 12):
@@ -38,6 +38,15 @@ def test_padding_is_zero_whatever_the_scales():
     assert (stacked.up[:, 3:] == 0).all()
     assert (stacked.down[3:] == 0).all()
     assert (stacked.scale[3:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_power_of_a_rank_is_that_of_its_largest_value(dtype):
+    down = torch.tensor([[[0.3, -5.0], [0.25, 0.1]], [[0.0, 0.0], [1.0, torch.nan]]]).to(dtype)
+    assert powers(down).tolist() == [[4.0, 0.25], [2.0**-126, torch.inf]]
+    stacked = stack_terms([term(3)])
+    assert ((stacked.down.abs().amax(1) / stacked.power)[:3] >= 1).all()
+    assert ((stacked.down.abs().amax(1) / stacked.power) < 2).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -111,7 +111,8 @@ def bound_decode_by(
     programs = layout.bands * -(-layout.band_rows // (tiles_each * geometry.rows))
     grid = (across, programs) if geometry.run else (across * programs,)
     kernel = gluon_decode_kernel if geometry.run else decode_kernel
-    arguments = (out, row_scale, *stored, *_sizes(layout), out.stride(0), tiles_each)
+    power = (None if terms is None else terms.power,) if geometry.run else ()
+    arguments = (out, row_scale, *stored, *power, *_sizes(layout), out.stride(0), tiles_each)
     return BoundLaunch(kernel, grid, arguments, static, out.device)
 
 
@@ -260,7 +261,7 @@ def _require_memory(packed: Packed, codes: torch.Tensor) -> None:
 
 
 def _require_one_device(packed: Packed, target: torch.Tensor, terms: StackedTerms | None) -> None:
-    factors = () if terms is None else (terms.up, terms.down, terms.scale)
+    factors = () if terms is None else (terms.up, terms.down, terms.scale, terms.power)
     others = {tensor.device for tensor in (*packed.tensors.values(), *factors)}
     if others != {target.device}:
         found = sorted(str(device) for device in {target.device, *others})

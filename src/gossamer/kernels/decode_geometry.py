@@ -52,8 +52,8 @@ ROW_SCALE_WITH_TERMS = Geometry(64, 128, 8, registers=128)
 FEW_RANKS = 32
 # further columns of a thread, so that it reads each byte of codes once; 64 apart where bytes are not shared
 _KEPT = {"k16": 96, "k32": 32, "legacy": 16}
-# to fp8 with terms, formats whose product is turned: loads touch half as many rows, and `down` is in registers
-_TURNED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "Q2_K", "Q6_K", "Q8_0", "IQ4_NL")
+# to fp8 with up to 16 ranks, formats whose product is turned: loads touch half as many rows, and `down` is in registers
+_TURNED = ("Q6_K", "Q8_0")
 # to wider outputs without terms, formats that gain from the layouts of `decode_gluon`
 _TO_FLOATS = {
     "Q3_K": Geometry(8, 1024, 4, run=8, kept=96, down=1),
@@ -78,7 +78,7 @@ def chosen_geometry(storage: str, dtype: torch.dtype, rank: int, hopper: bool = 
     if family == "plain" or rank > rank_step(rank) or (family == "legacy" and not to_fp8):
         return WITH_TERMS
     if rank <= FEW_RANKS:
-        return gluon_terms(storage, dtype)
+        return gluon_terms(storage, dtype, rank)
     return warpgroup_terms(storage) if to_fp8 and hopper else WITH_TERMS
 
 
@@ -95,13 +95,17 @@ def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
     return Geometry(8, 512, 4, run=16)
 
 
-def gluon_terms(storage: str, dtype: torch.dtype) -> Geometry:
-    """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side."""
+def gluon_terms(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
+    """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side.
+
+    128 registers are what four programs leave a thread; where the compiler takes more, there are three of them.
+    """
     family = READABLE[storage].family
     if dtype == torch.float8_e4m3fn:
-        turned = storage in _TURNED
+        turned, registers = storage in _TURNED and rank <= 16, 128 if rank > 16 or storage == "Q6_K" else None
         run, kept = _turned_columns(storage) if turned else _own_columns(storage)
-        return Geometry(16, 512, 4, programs=4, run=run, kept=kept, down=TURNED if turned else 8, ahead=1)
+        down = TURNED if turned else 8
+        return Geometry(16, 512, 4, registers=registers, programs=4, run=run, kept=kept, down=down, ahead=1)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
     kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
     return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)

@@ -20,7 +20,7 @@ Only the layout of the weights is stated; those of all loads follow from it back
 fp8 has three fraction bits. Towards it stored weights are float16 in units of their row, so that two share an
 instruction: half of the instructions, and a decoded weight is at most 2^-9 of itself further from its exact value than
 half a step of fp8 (where a minimum is added, 2^-9 of the larger summand). Low-rank terms are summed in float16 too, on
-top of the weight: `up` in units of its row, each rank times a power of two that keeps both factors in range.
+top of the weight: `up` in units of its row, times the rank's scale and the power of two that `down` is divided by.
 """
 
 from __future__ import annotations
@@ -57,16 +57,24 @@ def _reordered(tile: gl.tensor, ORDER: gl.constexpr, BACK: gl.constexpr) -> gl.t
 
 
 @gluon.jit
+def _finite_halves(value: gl.tensor) -> gl.tensor:
+    """Float32 to the nearest float16 that is finite; NaN stays NaN."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,r,r", [value], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def _up(
     up: gl.tensor,
     units: gl.tensor,
-    powers: gl.tensor,
+    factors: gl.tensor,
     begin: gl.tensor,
     rows: gl.tensor,
     ROWS: gl.constexpr,
     RANKS: gl.constexpr,
 ) -> gl.tensor:
-    """(ROWS, RANKS) of `up`; with `powers` (RANKS,) float16, times these, in `units` of the rows.
+    """(ROWS, RANKS) of `up`; with `factors` (RANKS,) float16, times these, in `units` of the rows.
 
     What has no place in float16 then is 146 times as large as any weight of its row, and others cancel it: of such
     a sum no rounding of factors leaves anything.
@@ -74,15 +82,11 @@ def _up(
     LAYOUT: gl.constexpr = ups_layout(RANKS, gl.num_warps())
     pointer = row_starts(up, begin, rows, RANKS, ROWS)[:, None] + steps(RANKS)[None, :]
     value = gl.load(gl.set_auto_layout(pointer, LAYOUT))
-    if powers is None:
+    if factors is None:
         return value
     else:
         unit = gl.load(units + begin + tile_rows(begin, rows, ROWS))
-        quotient = value.to(gl.float32) * powers[None, :] * (1.0 / unit)[:, None]
-        # NaN stays NaN
-        return gl.where(gl.abs(quotient) > 65504.0, gl.where(quotient > 0.0, 65504.0, -65504.0), quotient).to(
-            gl.float16
-        )
+        return _finite_halves(value.to(gl.float32) * factors[None, :] * (1.0 / unit)[:, None])
 
 
 @gluon.jit
@@ -90,7 +94,7 @@ def _keep_ups(
     kept: gl.shared_memory_descriptor,
     up: gl.tensor,
     units: gl.tensor,
-    powers: gl.tensor,
+    factors: gl.tensor,
     begin: gl.tensor,
     rows: gl.tensor,
     tile: gl.tensor,
@@ -98,7 +102,7 @@ def _keep_ups(
 ) -> None:
     """Before the first of some tiles, put the rows of `up` for all of them into shared memory."""
     if tile == 0:
-        kept.store(_up(up, units, powers, begin, rows, kept.shape[0], kept.shape[1]))
+        kept.store(_up(up, units, factors, begin, rows, kept.shape[0], kept.shape[1]))
         if WARPGROUP:
             fence_async_shared()
         gl.thread_barrier()  # here, or every tile would have it
@@ -108,33 +112,38 @@ def _keep_ups(
 def _down(
     down: gl.tensor,
     rank_scale: gl.tensor,
+    rank_power: gl.tensor,
     start: gl.tensor,
     first: gl.tensor,
     width: gl.tensor,
     COLS: gl.constexpr,
     RANKS: gl.constexpr,
     EVEN: gl.constexpr,
+    HALVES: gl.constexpr,
 ) -> gl.tensor:
-    """`rank_scale * down`, (RANKS, COLS) as float32, rounded to the type of `down`, from rank `start` on."""
+    """(RANKS, COLS) from rank `start` on: `down / rank_power` in float16, or `rank_scale * down` in its own type."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     index, again, col = start + steps(RANKS), start + steps(RANKS), first + steps(COLS)
     pointer = gl.set_auto_layout(down + index[:, None] * width + col[None, :], LAYOUT)
     factor = gl.load(pointer, mask=whole(first + steps(COLS), width, EVEN)[None, :], other=0.0)
-    scaled = factor.to(gl.float32) * gl.load(rank_scale + again)[:, None]
-    return scaled.to(factor.dtype).to(gl.float32)
+    if HALVES:
+        return (factor.to(gl.float32) * (1.0 / gl.load(rank_power + again))[:, None]).to(gl.float16)
+    else:
+        return (factor.to(gl.float32) * gl.load(rank_scale + again)[:, None]).to(factor.dtype)
 
 
 @gluon.jit
-def _powers(down: gl.tensor) -> gl.tensor:
-    """For each rank (row) the largest power of two that is not above its largest value; float32."""
-    largest = gl.max(gl.abs(down), 1).to(gl.int32, bitcast=True)
-    return gl.maximum(largest & 0x7F800000, 0x00800000).to(gl.float32, bitcast=True)
+def _rank_factors(rank_scale: gl.tensor, rank_power: gl.tensor, start: gl.tensor, RANKS: gl.constexpr) -> gl.tensor:
+    """What `up` is multiplied by (RANKS,) where it meets `down / rank_power`."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, ups_layout(RANKS, gl.num_warps()))
+    rank, again = start + steps(RANKS), start + steps(RANKS)
+    return gl.set_auto_layout(gl.load(rank_scale + rank) * gl.load(rank_power + again), LAYOUT)
 
 
 @gluon.jit
 def _keep_down(kept: gl.shared_memory_descriptor, down: gl.tensor, ORDER: gl.constexpr) -> None:
     """Into shared memory, columns in the order of tensor cores."""
-    kept.store(gl.convert_layout(_reordered(down.to(kept.dtype), ORDER, False), down.type.layout))
+    kept.store(gl.convert_layout(_reordered(down, ORDER, False), down.type.layout))
 
 
 @gluon.jit
@@ -208,10 +217,10 @@ def _fetch(
 @gluon.jit
 def _lane_levels(levels: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
     """The table of `look_up`: lane n has entry n % 16."""
+    gl.static_assert(DOWN != TURNED, "lanes lie in another order where the product is turned")
     ACROSS: gl.constexpr = 32 // DOWN
     beneath, beside = steps(DOWN)[None, :, None, None, None], steps(ACROSS)[None, None, None, :, None]
-    lane = beneath + beside * DOWN if DOWN == TURNED else beneath * ACROSS + beside
-    return gl.load(levels + (lane & 15))
+    return gl.load(levels + (beneath * ACROSS + beside & 15))
 
 
 @gluon.jit(do_not_specialize_on_alignment=["band_rows", "tiles_each"])
@@ -227,6 +236,7 @@ def gluon_decode_kernel(
     up: gl.tensor,
     down: gl.tensor,
     rank_scale: gl.tensor,
+    rank_power: gl.tensor,
     rows: gl.tensor,
     width: gl.tensor,
     stored_width: gl.tensor,
@@ -257,7 +267,9 @@ def gluon_decode_kernel(
     SHORT: gl.constexpr = in_halves(OUTPUT, FAMILY)
     first = gl.program_id(0) * COLS
     band, begin, stop = band_place(gl.program_id(1), rows, band_rows, tiles_each * ROWS)
-    table = levels if levels is None else _lane_levels(levels, DOWN)
+    # with terms a thread selects the levels of four-bit codes itself
+    SELECTS: gl.constexpr = SHORT and FAMILY == "four_bit" and up is not None
+    table = None if levels is None or SELECTS else _lane_levels(levels, DOWN)
     if up is not None:
         gl.static_assert((DOWN == 8) | (DOWN == TURNED), "as many rows in the lanes of a warp as tensor cores have")
         gl.static_assert(not LATER_RANKS, "all ranks at once")
@@ -268,21 +280,17 @@ def gluon_decode_kernel(
         FACTOR: gl.constexpr = gl.float16 if HALVES else up.dtype.element_ty
         ups = gl.allocate_shared_memory(FACTOR, [TILES, ROWS, RANKS], UPS)
         rows_of_ups = ups._reinterpret(FACTOR, [_UP_ROWS, RANKS], UPS)
-        scaled = _down(down, rank_scale, band * rank, first, width, COLS, RANKS, EVEN)
-        powers = None
-        if HALVES:
-            own = _powers(scaled)
-            scaled *= (1.0 / own)[:, None]
-            powers = gl.convert_layout(own, gl.SliceLayout(0, ups_layout(RANKS, WARPS)))
+        factors = _rank_factors(rank_scale, rank_power, band * rank, RANKS) if HALVES else None
         right = gl.allocate_shared_memory(FACTOR, [RANKS, COLS], shared_layout(COLS, WARPGROUP))
-        _keep_down(right, scaled, ORDER)
+        own = _down(down, rank_scale, rank_power, band * rank, first, width, COLS, RANKS, EVEN, HALVES)
+        _keep_down(right, own, ORDER)
         kept_down = _kept_down(right, WEIGHTS, DOWN)
     for index in range(tiles_each):
         top = begin + index * ROWS
         if SPAN:
             _fetch(codes, gl.minimum(top + ROWS, stop - 1), stop, first, row_bytes, ROWS, COLS, SPAN)
         if up is not None:
-            _keep_ups(rows_of_ups, up, row_scale, powers, top, stop, index % TILES, WARPGROUP)
+            _keep_ups(rows_of_ups, up, row_scale, factors, top, stop, index % TILES, WARPGROUP)
         if OUTPUT != "float":
             unit = gl.load(row_scale + top + tile_rows(top, stop, ROWS))
         tile = base_tile(

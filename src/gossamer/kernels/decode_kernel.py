@@ -72,7 +72,7 @@ def stored_tile(
     elif FAMILY == "four_bit":
         tile = four_bit_tile(
             codes, scale, nested_scale, nested_offset, levels, nested_levels, units,
-            begin, rows, first, width, nested_levels is not None, ROWS, COLS, EVEN, RUN,
+            begin, rows, first, width, FORMAT, ROWS, COLS, EVEN, RUN,
         )  # fmt: skip
     elif FAMILY == "legacy":
         tile = legacy_tile(

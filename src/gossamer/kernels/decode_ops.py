@@ -109,14 +109,16 @@ def _packed(storage: str, roles: str, tensors: Sequence[torch.Tensor], out_featu
 
 def _factors(
     terms: StackedTerms | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    return (None, None, None) if terms is None else (terms.up, terms.down, terms.scale)
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    return (None, None, None, None) if terms is None else (terms.up, terms.down, terms.scale, terms.power)
 
 
-def _terms(up: torch.Tensor | None, down: torch.Tensor | None, scale: torch.Tensor | None) -> StackedTerms | None:
-    if up is None or down is None or scale is None:
+def _terms(
+    up: torch.Tensor | None, down: torch.Tensor | None, scale: torch.Tensor | None, power: torch.Tensor | None
+) -> StackedTerms | None:
+    if up is None or down is None or scale is None or power is None:
         return None
-    return StackedTerms(up, down, scale, (up.shape[1],))
+    return StackedTerms(up, down, scale, power, (up.shape[1],))
 
 
 @torch.library.custom_op("gossamer::decode", mutates_args=("out",))
@@ -132,9 +134,10 @@ def _decode(
     up: torch.Tensor | None,
     down: torch.Tensor | None,
     scale: torch.Tensor | None,
+    power: torch.Tensor | None,
 ) -> None:
     packed = _packed(storage, roles, tensors, out_features, in_features)
-    _decode_now(packed, out, backend, _terms(up, down, scale), row_scale)
+    _decode_now(packed, out, backend, _terms(up, down, scale, power), row_scale)
 
 
 @torch.library.custom_op("gossamer::row_scale", mutates_args=("row_scale",))
@@ -151,9 +154,10 @@ def _row_scale(
     up: torch.Tensor | None,
     down: torch.Tensor | None,
     scale: torch.Tensor | None,
+    power: torch.Tensor | None,
 ) -> None:
     packed = _packed(storage, roles, tensors, out_features, in_features)
-    _row_scale_now(packed, row_scale, dtype, width, backend, _terms(up, down, scale))
+    _row_scale_now(packed, row_scale, dtype, width, backend, _terms(up, down, scale, power))
 
 
 @_decode.register_fake

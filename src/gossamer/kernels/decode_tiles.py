@@ -309,14 +309,14 @@ def look_up(levels: tl.tensor, code: tl.tensor, SHORT: tl.constexpr, RUN: tl.con
 
     In Triton `levels` is a pointer and RUN 0; a gather goes through shared memory, whose addresses have 32 bits.
     In Gluon every lane has one entry, `levels` (1, lanes down, 1, lanes across, 1), and asks another lane for its own;
-    RUN is how many neighbours of a row, in the order of `code`, a lane has. Where 4 lanes are down, each has two rows.
+    RUN is how many neighbours of a row, in the order of `code`, a lane has.
     """
     if RUN == 0:
         value = tl.gather(tl.load(levels + tl.arange(0, 16)), tl.reshape(code & 15, (code.numel,)), 0)
     else:
         DOWN: tl.constexpr = levels.shape[1]
         ACROSS: tl.constexpr = levels.shape[3]
-        BANDS: tl.constexpr = code.shape[0] // (8 if DOWN == 4 else DOWN)
+        BANDS: tl.constexpr = code.shape[0] // DOWN
         spread: tl.constexpr = (BANDS, DOWN, code.numel // (BANDS * DOWN * ACROSS * RUN), ACROSS, RUN)
         # lanes 16 to 31 have the table once more, so that the fifth bit of a lane's number may be anything
         value = tl.inline_asm_elementwise(

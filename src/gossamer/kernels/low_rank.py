@@ -3,16 +3,18 @@
     up     (out, R)   float16, bfloat16 or float32
     down   (R, in)    the same type
     scale  (R,)       float32; ranks of one term share its scale
+    power  (R,)       float32; for each rank the largest power of two that is not above its largest value in `down`
 
 W_delta = up @ (scale * down), where R is the sum of the ranks, padded with zeros to 16, 32 or a multiple of 64: the
 kernels take so many ranks at a time, so three of them serve every set of adapters.
 
 Layers that read the same input are decoded as one matrix of several bands of equally many rows: `down` then is
-(bands * R, in) and `scale` (bands * R,), and each band of `up` meets its own R rows of them.
+(bands * R, in), `scale` and `power` are (bands * R,), and each band of `up` meets its own R rows of them.
 
 Precision: `scale * down` is rounded once to the type of the factors (exact where the scale is a power of two); products
-are summed in float32. Factors given in several types become float32, which runs as three TF32 products (error about
-2^-21) from Ampere on and as plain float32 before.
+are summed in float32. Towards fp8 up to 32 ranks become float16 instead: `down / power`, and `scale * power * up` in
+units of the row. Factors given in several types become float32, which runs as three TF32 products (error about 2^-21)
+from Ampere on and as plain float32 before.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class StackedTerms:
     up: torch.Tensor
     down: torch.Tensor
     scale: torch.Tensor
+    power: torch.Tensor
     ranks: tuple[int, ...]
 
     @property
@@ -59,6 +62,12 @@ def rank_step(rank: int) -> int:
 def padded_rank(rank: int) -> int:
     """Ranks of a stack with its padding."""
     return rank + -rank % rank_step(rank)
+
+
+def powers(down: torch.Tensor) -> torch.Tensor:
+    """Largest power of two up to the largest value of each rank of `down` (..., R, in): (..., R), 2^-126 or more."""
+    largest = torch.linalg.vector_norm(down, torch.inf, -1).float().view(torch.int32)
+    return torch.clamp_min(largest & 0x7F800000, 0x00800000).view(torch.float32)
 
 
 def common_type(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.dtype:
@@ -89,7 +98,7 @@ def stack_terms(terms: Sequence[Term], dtype: torch.dtype | None = None) -> Stac
     up = _side_by_side([up.to(dtype) for up, _, _ in terms], padding, dim=1)
     down = _side_by_side([down.to(dtype) for _, down, _ in terms], padding, dim=0)
     scale = torch.zeros(sum(ranks) + padding, dtype=torch.float32, device=up.device)
-    stacked = StackedTerms(up, down, scale, ranks)
+    stacked = StackedTerms(up, down, scale, powers(down), ranks)
     set_scales(stacked, [scale for _, _, scale in terms])
     return stacked
 

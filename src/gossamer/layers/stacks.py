@@ -3,6 +3,7 @@
     up      (n, rows, R)        n matrices of one kind, each one layer or several that are decoded as one
     down    (n, bands * R, in)  ranks padded with zeros; a layer of several bands has its `down` once for each
     scale   (n, bands * R)      follows the scales of the terms, in place
+    power   (n, bands * R)      of each rank of `down`, as `low_rank.powers` gives it
     lift    (n, rows)           float32: no value of all scaled terms is larger in its row, by Cauchy and Schwarz
 
 A FLUX adapter has 500 terms in a dozen shapes. Stacked layer by layer they cost 25 operations each, which is a tenth of
@@ -19,7 +20,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from gossamer.kernels.low_rank import StackedTerms, common_type, padded_rank
+from gossamer.kernels.low_rank import StackedTerms, common_type, padded_rank, powers
 from gossamer.layers.low_rank import LowRank
 from gossamer.layers.strength import Shares
 
@@ -68,6 +69,7 @@ class Batch:
         self._heights = [layer[0].out_features for layer in first.layers]
         self._up, self._down = self._empty()
         self._take_over()
+        self._power = powers(self._down)
         self._bounds = self._bounded()
         self._index = self._places().to(self._up.device)
         self._scale = torch.empty(len(self._wanted), len(self._index), dtype=torch.float32, device=self._up.device)
@@ -76,9 +78,9 @@ class Batch:
     def stacks(self) -> list[Stack]:
         """One for each that was wanted. They hold the batch, and it does not hold them: that would be a cycle, whose
         memory is free only when Python next looks for cycles."""
-        slices = zip(self._wanted, self._up, self._down, self._scale, self._lift, strict=True)
-        ranks = self._columns.ranks
-        return [Stack(of, StackedTerms(up, down, scale, ranks), lift, self) for of, up, down, scale, lift in slices]
+        parts = zip(self._up, self._down, self._scale, self._power, strict=True)
+        slices = zip(self._wanted, parts, self._lift, strict=True)
+        return [Stack(of, StackedTerms(*each, self._columns.ranks), lift, self) for of, each, lift in slices]
 
     @property
     def device(self) -> torch.device:
