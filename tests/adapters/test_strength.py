@@ -137,6 +137,24 @@ def test_places_hold_until_a_step_is_another_module():
     assert places.hold()
 
 
+def test_adapters_on_the_same_layers_share_their_places_while_these_hold(model, make_adapter):
+    style, other = (attached(model)[name].places for name in ("style", "other"))
+    assert style is other
+    model.transformer_blocks[0].attn.to_k = copy.deepcopy(model.transformer_blocks[0].attn.to_k)
+    attach(model, make_adapter(seed=2), "third")
+    third = attached(model)["third"].places
+    assert third is not style
+    assert third.hold()
+    assert third.layers[LAYER] is model.transformer_blocks[0].attn.to_k
+
+
+def test_adapters_on_other_layers_have_places_of_their_own(spec, quantized):
+    model, down, up = quantized("nf4"), torch.randn(2, 256), torch.randn(256, 2)
+    for name in ("to_k", "to_q"):
+        attach(model, Adapter(spec, {LAYER.replace("to_k", name): LowRankTerm(down, up)}), name)
+    assert attached(model)["to_k"].places.layers.keys() != attached(model)["to_q"].places.layers.keys()
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, -1e39])
 def test_scales_that_no_product_can_use(model, scale):
     refused(model, scale, "cannot act at scale")

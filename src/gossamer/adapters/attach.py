@@ -74,7 +74,8 @@ def attach(
     for layer, term in (*terms.items(), *text_terms.items()):
         layer.add(term)
     cost = sum((cost_of(encoder, text_terms) for encoder in encoders.values()), start=cost_of(model, terms))
-    places = Places.of(model, {target: layers[target] for target in adapter.terms})
+    known = (other.places for other in attached(model).values())
+    places = Places.of(model, {target: layers[target] for target in adapter.terms}, known)
     record = Attachment(adapter, strength, multipliers, places, strength.changes, norms, cost)
     set_records(model, encoders, {**attached(model), name: record})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import cast
@@ -30,8 +30,15 @@ class Places:
     modules: list[nn.Module]
 
     @staticmethod
-    def of(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Places:
-        """The places of these layers."""
+    def of(model: nn.Module, layers: Mapping[str, QuantLinear], known: Iterable[Places] = ()) -> Places:
+        """The places of these layers; those of another adapter on the same layers serve again while they hold."""
+        return next((one for one in known if one._are(layers)), None) or Places._found(model, layers)
+
+    def _are(self, layers: Mapping[str, QuantLinear]) -> bool:
+        return self.layers.keys() == layers.keys() and self.hold()
+
+    @staticmethod
+    def _found(model: nn.Module, layers: Mapping[str, QuantLinear]) -> Places:
         steps: dict[str, tuple[Children, str, nn.Module]] = {}
         for name in layers:
             _reach(model, name, steps)

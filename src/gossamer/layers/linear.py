@@ -11,7 +11,7 @@ with an `execution` the same runs through kernels and libraries, see `product`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class QuantLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the product runs; of a streamed weight the device that it is streamed to."""
-        return self.stored.device
+        return cast(StoredWeight, self._modules["stored"]).device  # `self.stored` searches: adapters ask often
 
     @property
     def execution(self) -> Execution | None:

@@ -94,7 +94,9 @@ class Term(ABC):
 
     def move(self, device: torch.device | str) -> None:
         """Put the tensors on a device, their types unchanged."""
-        move_terms([(self, torch.device(device))])
+        wanted = torch.device(device)
+        if any(tensor.device != wanted for tensor in self.tensors()):
+            move_terms([(self, wanted)])
 
     def scaled_bias(self) -> torch.Tensor:
         """scale * bias in float32 (out,); zeros where the adapter brings no bias."""
