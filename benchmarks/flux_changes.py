@@ -36,6 +36,7 @@ from gossamer.errors import GossamerError
 
 MODELS = "bf16/bf16,fp8/fp8,nf4/fp8,Q4_K/fp8,Q8_0/bf16"
 USUAL_STEPS = 5  # of which the median is the usual step
+SWAPS = 5  # likewise, each with the steps after it
 OTHER_SIDE = 768  # pixels of the other resolution
 Row = dict[str, Any]
 
@@ -102,9 +103,9 @@ def measured(work: Workload, name: str) -> Row:
 
 
 def adapter_changes(model: Any, work: Workload, step: Callable[[], object], kind: str) -> Row:
-    """Swapping all adapters for others of the same ranks, and changing the scale of one.
+    """Swapping all adapters for others of the same ranks, several times, and changing the scale of one.
 
-    The others were read before, and are in host memory.
+    The others were read before, and are in host memory. The step after a swap is told of the first one.
     """
     detach_ours(model)
     attach_ours(model, random_adapters(work, kind))
@@ -115,9 +116,13 @@ def adapter_changes(model: Any, work: Workload, step: Callable[[], object], kind
         detach_ours(model)
         attach_ours(model, others)
 
-    row = {f"{kind}_step_ms": before, f"{kind}_swap_ms": milliseconds(swap, work)}
-    row[f"{kind}_step_after_swap_ms"] = milliseconds(step, work)
-    usual(step, work)
+    swaps, steps = [], []
+    for _ in range(SWAPS):
+        swaps.append(milliseconds(swap, work))
+        steps.append(milliseconds(step, work))
+        usual(step, work)
+    row = {f"{kind}_step_ms": before, f"{kind}_step_after_swap_ms": steps[0]}
+    row |= {f"{kind}_swap_ms": statistics.median(swaps), f"{kind}_swap_ms_max": max(swaps)}
     name = next(iter(attached(model)))
     row[f"{kind}_scale_ms"] = milliseconds(lambda: set_scale(model, name, 0.5), work)
     row[f"{kind}_step_after_scale_ms"] = milliseconds(step, work)

@@ -21,22 +21,31 @@ OURS = "gossamer"
 
 @dataclass(frozen=True)
 class Case:
-    """One model. Its rows differ by the adapters that are attached."""
+    """One model. Its rows differ by the adapters that are attached.
+
+    `copies` says whether weights that are multiplied as stored may get merged copies while adapters are attached.
+    """
 
     system: str
     storage: str
     compute: str
     build: Callable[[Workload], Any]
     compiled: bool = False
+    copies: bool = True
 
     @property
     def name(self) -> str:
-        """For example gossamer/nf4/bf16 or torchao+compile/fp8/fp8."""
-        return f"{self.system}{'+compile' if self.compiled else ''}/{self.storage}/{self.compute}"
+        """For example gossamer/nf4/bf16, torchao+compile/fp8/fp8 or gossamer-copies/fp8/fp8."""
+        return f"{spelled(self.system, self.compiled, self.copies)}/{self.storage}/{self.compute}"
 
     def row_name(self, kind: str) -> str:
         """The name of the row with adapters of a kind."""
         return f"{self.name}/{kind}"
+
+
+def spelled(system: str, compiled: bool, copies: bool) -> str:
+    """A system, and what it does that is not its usual way."""
+    return f"{system}{'+compile' * compiled}{'-copies' * (not copies)}"
 
 
 # ours -----------------------------------------------------------------------------------------------------------------
@@ -45,13 +54,13 @@ STORAGES = ("bf16", "fp8", "int8", "nf4", "Q8_0", "Q4_K", "Q6_K")
 COMPUTES = {storage: ("bf16",) if storage == "bf16" else ("fp8", "bf16") for storage in STORAGES}
 
 
-def build_ours(work: Workload, storage: str, compute: str) -> Any:
+def build_ours(work: Workload, storage: str, compute: str, copies: bool = True) -> Any:
     """Our transformer with every linear inside the blocks in a storage format, the rest in bf16."""
     with torch.device("meta"):
         model = FluxTransformer.from_config(work.config)
     fill(model, work)
     quantize(model, storage_plan(StorageChoice(storage, "bf16", ()), "bf16"))
-    prepare(model, compute, keeps_merged=True)
+    prepare(model, compute, keeps_merged=copies)
     return model.eval()
 
 
@@ -74,6 +83,10 @@ CASES: tuple[Case, ...] = (
         Case(OURS, storage, compute, partial(build_ours, storage=storage, compute=compute))
         for storage in STORAGES
         for compute in COMPUTES[storage]
+    ),
+    *(
+        Case(OURS, same, same, partial(build_ours, storage=same, compute=same, copies=False), copies=False)
+        for same in ("bf16", "fp8")
     ),
     Case("diffusers", "bf16", "bf16", peers.plain),
     Case("diffusers", "bf16", "bf16", peers.plain, compiled=True),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux_step_cases import OURS, Case, attach_all, detach_all
+from flux_step_cases import OURS, Case, attach_all, detach_all, spelled
 from gossamer.bench.metrics import relative_error
 from gossamer.bench.random_flux import Workload, adapter_bytes, random_adapters, reference, step_inputs
 from gossamer.bench.timing import Repeats, allocated_bytes, measure, release_memory
@@ -40,12 +40,14 @@ def labels(case: Case, kind: str) -> Row:
         "storage": case.storage,
         "compute": case.compute,
         "adapters": kind,
+        **({} if case.copies else {"copies": False}),
     }
 
 
 def name_of(row: Row) -> str:
     """The name of a row of a record, as `Case.row_name` gives it."""
-    return f"{row['system']}{'+compile' * row['compiled']}/{row['storage']}/{row['compute']}/{row['adapters']}"
+    system = spelled(row["system"], row["compiled"], row.get("copies", True))
+    return f"{system}/{row['storage']}/{row['compute']}/{row['adapters']}"
 
 
 def rows_of(case: Case, kinds: Sequence[str], bench: Bench) -> Iterator[Row]:

@@ -90,7 +90,7 @@ def model_table(rows: Rows) -> str:
         bare = rows.get(f"{model}/none")
         rest = [_cell(bare, "weight_bytes", 1e-9, ".1f"), _cell(bare, "peak_bytes", 1e-9, ".2f")]
         rest += [_cell(bare, "first_call_seconds", 1, ".1f"), _cell(bare, "relative_error", 1, ".4f")]
-        name = f"**{model}**" if model.startswith(f"{OURS}/") else model
+        name = f"**{model}**" if model.startswith(OURS) else model
         lines.append([name, *times, *rest])
     return table(head, lines)
 
@@ -138,7 +138,7 @@ def draw(rows: Rows, title: str, path: Path) -> None:
     # an adapter that costs less than the spread of the times may seem to cost less than nothing
     adapted = [step_ms(rows, f"{model}/r16") for model in names]
     extra = [max(0.0, (with_one or without) - without) for with_one, without in zip(adapted, bare, strict=True)]
-    colours = [OUR_COLOUR if model.startswith(f"{OURS}/") else PEER_COLOUR for model in names]
+    colours = [OUR_COLOUR if model.startswith(OURS) else PEER_COLOUR for model in names]
     figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.3 * len(names)), layout="constrained")
     axes.barh(names, bare, color=colours)
     axes.barh(names, extra, left=bare, color=ADAPTER_COLOUR, label="what rank 16 on every block linear adds")

@@ -22,9 +22,11 @@ from embedded_table import filled
 from flux_step_cases import OURS
 from flux_step_rows import name_of
 from gossamer.bench.markdown import table
+from gossamer.bench.random_flux import ADAPTERS
 from plot_flux_step import models, promise_table, step_ms
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = tuple(ADAPTERS)  # of adapters, none first
 Record = Mapping[str, Any]
 
 
@@ -65,17 +67,22 @@ def tables(machine: str, date: str) -> dict[str, str]:
 
 
 def step_table(record: Record) -> str:
-    """One row a model: time, with adapters, weights, error."""
+    """One row a model: time, with adapters, weights, memory beyond them without and with adapters, error."""
     rows = {name_of(row): row for row in record["rows"]}
-    head = ["storage -> products", "ms a step", "rank 16", "rank 64", "4 x rank 16", "weights, GB", "error"]
+    head = ["storage -> products", "ms a step", "rank 16", "rank 64", "4 x rank 16", "weights, GB"]
+    head += ["beyond, GB", "with adapters", "error"]
     lines = []
     for model in models(rows):
         system, storage, compute = model.split("/")
         bare = rows[f"{model}/none"]
-        label = f"**{system}** {storage} -> {compute}" if system == OURS else f"{system} {storage} -> {compute}"
-        times = [step_ms(rows, f"{model}/{kind}") for kind in ("none", "r16", "r64", "4xr16")]
+        label = f"{system} {storage} -> {compute}".replace(f"{OURS}-copies", f"{OURS}, no copies,")
+        label = label.replace(OURS, f"**{OURS}**")
+        times = [step_ms(rows, f"{model}/{kind}") for kind in KINDS]
         cells = ["" if each is None else f"{each:.1f}" for each in times]
-        lines.append([label, *cells, f"{bare['weight_bytes'] / 1e9:.1f}", f"{bare['relative_error']:.3f}"])
+        adapted = [row["peak_bytes"] for kind in KINDS[1:] if "peak_bytes" in (row := rows.get(f"{model}/{kind}", {}))]
+        memory = [f"{bare[key] / 1e9:.{places}f}" for key, places in (("weight_bytes", 1), ("peak_bytes", 2))]
+        most = f"{max(adapted) / 1e9:.2f}" if adapted else ""
+        lines.append([label, *cells, *memory, most, f"{bare['relative_error']:.3f}"])
     return table(head, lines) + "\n" + described(record)
 
 

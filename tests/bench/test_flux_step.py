@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,10 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     import flux_step_cases
     import flux_step_rows
     import plot_flux_step
+    import speed_tables
 
-    return SimpleNamespace(main=flux_step, cases=flux_step_cases, rows=flux_step_rows, plot=plot_flux_step)
+    made = {"main": flux_step, "cases": flux_step_cases, "rows": flux_step_rows, "plot": plot_flux_step}
+    return SimpleNamespace(**made, tables=speed_tables)
 
 
 @pytest.fixture
@@ -186,7 +189,8 @@ def record_rows(modules: SimpleNamespace, times: dict[str, float | None]) -> dic
     for name, time in times.items():
         system, storage, compute, kind = name.split("/")
         labels = {"storage": storage, "compute": compute, "adapters": kind}
-        row = {"system": system.split("+")[0], "compiled": "+" in system, **labels}
+        row = {"system": re.split("[+-]", system)[0], "compiled": "+" in system, **labels}
+        row |= {"copies": False} if "-" in system else {}
         row |= {"error": "no"} if time is None else {**dict.fromkeys(MEASURED, 1e9), "step_ms": time}
         assert modules.rows.name_of(row) == name
         rows[name] = row
@@ -199,11 +203,19 @@ def test_tables_show_failures_and_hold_promises_against_the_record(modules):
         "gossamer/fp8/fp8/r16": 77.0,
         "torchao+compile/fp8/fp8/none": 100.0,
         "torchao+compile/fp8/fp8/r16": None,
+        "gossamer-copies/fp8/fp8/none": 75.0,
+        "gossamer-copies/fp8/fp8/r16": 81.0,
     }
     rows = record_rows(modules, times)
     table = modules.plot.model_table(rows).splitlines()
     assert table[2].startswith("| **gossamer/fp8/fp8** | 74.0 | 77.0 |")
-    assert table[3].startswith("| torchao+compile/fp8/fp8 | 100.0 | fails |")
+    assert table[3].startswith("| **gossamer-copies/fp8/fp8** | 75.0 | 81.0 |")
+    assert table[4].startswith("| torchao+compile/fp8/fp8 | 100.0 | fails |")
     promises = modules.plot.promise_table(rows)
     assert "| gossamer/fp8/fp8/none | torchao+compile/fp8/fp8/none | 0.740 | 0.75 | kept |" in promises
     assert "| gossamer/fp8/fp8/r16 | gossamer/fp8/fp8/none | 1.041 | 1.03 | **missed** |" in promises
+    assert "copies" not in promises
+    described = {"rows": list(rows.values()), "versions": {}, "machine": {"name": "card"}, "date": "today"}
+    of_docs = modules.tables.step_table(described)
+    assert "| **gossamer** fp8 -> fp8 | 74.0 | 77.0 |  |  | 1.0 | 1.00 | 1.00 | 1000000000.000 |" in of_docs
+    assert "| **gossamer**, no copies, fp8 -> fp8 | 75.0 | 81.0 |" in of_docs
