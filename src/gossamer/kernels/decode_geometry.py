@@ -98,14 +98,17 @@ def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
 def gluon_terms(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
     """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side.
 
-    128 registers are what four programs leave a thread; where the compiler takes more, there are three of them.
+    128 registers are what four programs leave a thread; where the compiler takes more, there are three of them. Codes
+    of four_bit take so few that there is room for five.
     """
     family = READABLE[storage].family
     if dtype == torch.float8_e4m3fn:
-        turned, registers = storage in _TURNED and rank <= 16, 128 if rank > 16 or storage == "Q6_K" else None
+        few = rank <= 16
+        turned, programs = few and storage in _TURNED, 5 if few and family == "four_bit" else 4
+        registers = None if few and storage != "Q6_K" else 128
         run, kept = _turned_columns(storage) if turned else _own_columns(storage)
         down = TURNED if turned else 8
-        return Geometry(16, 512, 4, registers=registers, programs=4, run=run, kept=kept, down=down, ahead=1)
+        return Geometry(16, 512, 4, registers=registers, programs=programs, run=run, kept=kept, down=down, ahead=1)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
     kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
     return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)

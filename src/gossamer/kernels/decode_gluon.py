@@ -102,10 +102,12 @@ def _keep_ups(
 ) -> None:
     """Before the first of some tiles, put the rows of `up` for all of them into shared memory."""
     if tile == 0:
+        if not WARPGROUP:
+            gl.thread_barrier()  # here and below, or every tile would have them
         kept.store(_up(up, units, factors, begin, rows, kept.shape[0], kept.shape[1]))
         if WARPGROUP:
             fence_async_shared()
-        gl.thread_barrier()  # here, or every tile would have it
+        gl.thread_barrier()
 
 
 @gluon.jit
@@ -153,11 +155,14 @@ def _turned(tile: gl.tensor, DOWN: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
-def _kept_down(right: gl.shared_memory_descriptor, WEIGHTS: gl.constexpr, DOWN: gl.constexpr) -> gl.base_value:
+def _kept_down(
+    right: gl.shared_memory_descriptor, WEIGHTS: gl.constexpr, DOWN: gl.constexpr, WARPGROUP: gl.constexpr
+) -> gl.base_value:
     """`down` in registers for the whole program where the product is turned, else in shared memory."""
+    if not WARPGROUP:
+        gl.thread_barrier()
     if DOWN == TURNED:
         MMA: gl.constexpr = product_layout(WEIGHTS, DOWN, False)
-        gl.thread_barrier()
         return right.permute((1, 0)).load(gl.DotOperandLayout(0, MMA, 2))
     else:
         return right
@@ -284,7 +289,7 @@ def gluon_decode_kernel(
         right = gl.allocate_shared_memory(FACTOR, [RANKS, COLS], shared_layout(COLS, WARPGROUP))
         own = _down(down, rank_scale, rank_power, band * rank, first, width, COLS, RANKS, EVEN, HALVES)
         _keep_down(right, own, ORDER)
-        kept_down = _kept_down(right, WEIGHTS, DOWN)
+        kept_down = _kept_down(right, WEIGHTS, DOWN, WARPGROUP)
     for index in range(tiles_each):
         top = begin + index * ROWS
         if SPAN:
