@@ -4,10 +4,12 @@
     PYTHONPATH=src python benchmarks/flux_step.py --rows 'gossamer/nf4/*,torchao+compile/*/none'
     PYTHONPATH=src python benchmarks/flux_step.py --resume benchmarks/results/flux_step-nvidia-h200-2026-11-21.json
 
-1024x1024, batch 1, 512 text tokens. A row is `system/storage/compute/adapters`. Each model runs in a process of its own
-with empty kernel caches, so that the `first_call_seconds` of its first row owes nothing to another model, and a crash
-ends one model only; with --one-process all share one, which saves their starts. The record is written anew after every
-row. A peer that fails leaves a row with its "error"; a row of our own that fails ends the run.
+1024x1024, batch 1, 512 text tokens. A row is `system/storage/compute/adapters`; `gossamer-copies` gets no merged copies
+of weights that are multiplied as stored. Every row is timed after --settle seconds of steps, or a third of that where
+the same model ran just before: a chip that was idle while a model was built or compiled is faster for a while. Each
+model runs in a process of its own with empty kernel caches, so that the `first_call_seconds` of its first row owes
+nothing to another model, and a crash ends one model only; with --one-process all share one, which saves their starts.
+The record is written anew after every row. A peer that fails leaves a row with its "error"; a row of our own that fails ends the run.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from gossamer.errors import GossamerError, UnknownOptionError
 
 Plan = list[tuple[Case, list[str]]]
 
+SETTLE = 8.0  # seconds
 LIBRARIES = ("accelerate", "bitsandbytes", "gguf", "optimum-quanto", "peft", "torchao", "triton")
 
 
@@ -56,7 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         references = options.references or Path(folder)
         if options.one_process:
-            run_here(Bench(work, Repeats(options.warmup, options.steps), references), plan, record, path)
+            repeats = Repeats(options.warmup, options.steps, options.settle)
+            run_here(Bench(work, repeats, references), plan, record, path)
         else:
             run_apart(options, references, plan, record, path)
     print(path)
@@ -69,7 +73,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="three small blocks on the CPU, to try the benchmark itself")
     made.add_argument("--one-process", action="store_true", help="measure all models in this process")
     made.add_argument("--steps", type=int, default=20, help="timed steps a row")
-    made.add_argument("--warmup", type=int, default=Repeats.warmup, help="untimed steps after the first")
+    made.add_argument("--warmup", type=int, default=Repeats.warmup, help="untimed steps after the first, at least")
+    made.add_argument(
+        "--settle", type=float, default=SETTLE, help="seconds of untimed steps before a model's first row"
+    )
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the record")
     made.add_argument("--resume", type=Path, help="a record of the same machine and versions; its rows are kept")
     made.add_argument("--references", type=Path, help="folder to keep the float32 results in between runs")
@@ -164,7 +171,8 @@ def run_apart(options: argparse.Namespace, references: Path, plan: Plan, record:
 
 def _command(options: argparse.Namespace, references: Path, case: Case, kinds: Sequence[str], path: Path) -> list[str]:
     rows = ",".join(case.row_name(kind) for kind in kinds)
-    same = ["--steps", str(options.steps), "--warmup", str(options.warmup), *(["--quick"] if options.quick else [])]
+    same = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--settle", str(options.settle)]
+    same += ["--quick"] if options.quick else []
     where = ["--resume", str(path), "--out", str(path.parent), "--references", str(references)]
     return [sys.executable, __file__, "--one-process", "--rows", rows, *where, *same]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Subject:
         self.prepass = self._prepass() if case.system == OURS else None
         release_memory(device)
         self.weights = allocated_bytes(device) - self.before
+        self.repeats = bench.repeats  # of the next row
 
     def _prepass(self) -> Prepass:
         made = self.model.modulator = prepass_of(self.model, self.inputs)
@@ -115,7 +116,7 @@ class Subject:
         if self.prepass is None:
             return 0.0
         modulation = run_modulation(self.model, self.prepass, self.inputs)
-        return measure(modulation, self.bench.work.device, self.bench.repeats, 0).median_ms
+        return measure(modulation, self.bench.work.device, replace(self.bench.repeats, seconds=0.0), 0).median_ms
 
     @torch.no_grad()
     def measure(self, kind: str) -> Row:
@@ -127,7 +128,8 @@ class Subject:
         weights = self.weights + adapter_bytes(adapters)
         attach_all(self.case, self.model, adapters)
         del adapters  # PEFT may hold copies, and a user would hold nothing else
-        timing = measure(self._step, work.device, self.bench.repeats, self.before + weights)
+        timing = measure(self._step, work.device, self.repeats, self.before + weights)
+        self.repeats = replace(self.repeats, seconds=self.bench.repeats.seconds / 3)
         prepass_ms = self._prepass_ms()
         share = prepass_ms / RUN_STEPS
         return {

@@ -49,7 +49,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.fixture
 def run(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def command(*arguments: str) -> dict[str, Any]:
-        always = ["flux_step.py", "--quick", "--steps", "2", "--warmup", "0", "--out", str(tmp_path)]
+        always = ["flux_step.py", "--quick", "--steps", "2", "--warmup", "0", "--settle", "0", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", [*always, *arguments])
         modules.main.main()
         (path,) = tmp_path.glob("flux_step-cpu-*.json")

@@ -149,10 +149,10 @@ def test_it_runs_where_resident_weights_do_not_fit(work):
     torch.cuda.empty_cache()
     with peak() as found:
         run(model, work)
-    allowed = torch.cuda.memory_reserved() + captured(work) + 32 * 2**20
+    allowed = torch.cuda.memory_reserved() + captured(work) + CUBLAS_BYTES + 32 * 2**20
     total = torch.cuda.get_device_properties(CUDA).total_memory
     weights = sum(layer.stored.kept.nbytes for layer in linear_layers(model).values())
-    assert weights > found.bytes
+    assert weights > allowed
     torch.cuda.set_per_process_memory_fraction(allowed / total, CUDA)
     try:
         assert torch.equal(run(model, work, 3), expected)

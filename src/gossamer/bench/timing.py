@@ -24,10 +24,11 @@ from gossamer.errors import InvalidOptionError
 
 @dataclass(frozen=True)
 class Repeats:
-    """Untimed steps after the first call, then timed ones."""
+    """Untimed steps after the first call, `warmup` and as many as `seconds` have room for, then timed ones."""
 
     warmup: int = 3
     timed: int = 10
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,7 @@ def measure(step: Callable[[], torch.Tensor], device: torch.device, repeats: Rep
     result = step()
     wait(device)
     first_call_seconds = time.perf_counter() - started
-    for _ in range(repeats.warmup):
-        step()
-    wait(device)
+    _warm_up(step, device, repeats)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = _on_gpu(step, repeats.timed) if device.type == "cuda" else _on_host(step, repeats.timed)
@@ -94,6 +93,17 @@ def wait(device: torch.device) -> None:
     """Until the device has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _warm_up(step: Callable[[], object], device: torch.device, repeats: Repeats) -> None:
+    """A chip that was idle is cool, and faster for some seconds than one at its limit of power."""
+    started = time.perf_counter()
+    for _ in range(repeats.warmup):
+        step()
+    wait(device)
+    while time.perf_counter() - started < repeats.seconds:
+        step()
+        wait(device)
 
 
 def _on_gpu(step: Callable[[], torch.Tensor], timed: int) -> list[float]:
