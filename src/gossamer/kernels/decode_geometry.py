@@ -52,6 +52,8 @@ ROW_SCALE_WITH_TERMS = Geometry(64, 128, 8, registers=128)
 FEW_RANKS = 32
 # further columns of a thread, so that it reads each byte of codes once; 64 apart where bytes are not shared
 _KEPT = {"k16": 96, "k32": 32, "legacy": 16}
+# families whose codes are bytes that need no decoding, with one scale a row
+_BYTES = ("int8", "fp8", "fp8_e5m2")
 # to fp8 with up to 16 ranks, formats whose product is turned: loads touch half as many rows, and `down` is in registers
 _TURNED = ("Q6_K", "Q8_0")
 # to wider outputs without terms, formats that gain from the layouts of `decode_gluon`
@@ -105,10 +107,11 @@ def gluon_terms(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
     if dtype == torch.float8_e4m3fn:
         few = rank <= 16
         turned, programs = few and storage in _TURNED, 5 if few and family == "four_bit" else 4
+        rows, cols = (32, 256) if family in _BYTES or not few else (16, 512)
         registers = None if few and storage != "Q6_K" else 128
         run, kept = _turned_columns(storage) if turned else _own_columns(storage)
         down = TURNED if turned else 8
-        return Geometry(16, 512, 4, registers=registers, programs=programs, run=run, kept=kept, down=down, ahead=1)
+        return Geometry(rows, cols, 4, registers=registers, programs=programs, run=run, kept=kept, down=down, ahead=1)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
     kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
     return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)
