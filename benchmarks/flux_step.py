@@ -9,7 +9,8 @@ of weights that are multiplied as stored. Every row is timed after --settle seco
 the same model ran just before: a chip that was idle while a model was built or compiled is faster for a while. Each
 model runs in a process of its own with empty kernel caches, so that the `first_call_seconds` of its first row owes
 nothing to another model, and a crash ends one model only; with --one-process all share one, which saves their starts.
-The record is written anew after every row. A peer that fails leaves a row with its "error"; a row of our own that fails ends the run.
+The record is written anew after every row. A peer that fails leaves a row with its "error"; a row of our own that fails
+ends the run.
 """
 
 from __future__ import annotations

@@ -52,7 +52,6 @@ def tables(machine: str, date: str) -> dict[str, str]:
         "fits-promises": ("fits", fits_promises),
         "fits-beside": ("fits_beside_pictures", beside_table),
         "kernels": ("kernels", kernel_table),
-        "kernels-of-codes": ("kernels_of_codes", kernel_table),
         "changes": ("flux_changes", changes_table),
         "prepass": ("prepass", prepass_table),
         "host-memory": ("host_memory", host_table),
