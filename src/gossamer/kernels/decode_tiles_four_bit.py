@@ -2,9 +2,8 @@
 
 A byte holds two neighbours, the earlier in its high four bits. Codes are read as words of eight, each word once.
 
-Towards fp8 with terms the tensor cores' work and that of other lanes come in between, and a thread finds its levels
-itself: sixteen float16 are eight words of constants, whose bytes an instruction selects four at a time. Without terms
-asking other lanes is faster.
+With terms and towards fp8 a thread finds its levels itself: sixteen float16 are eight words of constants, whose bytes
+an instruction selects four at a time. So any layout will do; without terms `look_up` is faster.
 """
 
 from __future__ import annotations
