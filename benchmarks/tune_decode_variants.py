@@ -12,7 +12,7 @@ from gossamer.kernels.decode_geometry import FEW_RANKS, STORED_ONLY, TURNED, WIT
 from gossamer.kernels.decode_support import READABLE
 
 OUTPUTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-RANKS = (0, 16, 64)
+RANKS = (0, 16, 32, 64)
 # neighbours of a thread and its further columns, by family: whatever lets it read each byte of codes once
 RUNS = {
     "four_bit": ((16, 0),),
@@ -60,7 +60,7 @@ def plain_variants(storage: str) -> list[Geometry]:
     return found
 
 
-def term_variants(storage: str, rank: int) -> list[Geometry]:
+def term_variants(storage: str, rank: int, output: str) -> list[Geometry]:
     """With terms: lanes share rows as in tensor cores, or in a Hopper warpgroup for many ranks.
 
     Warps that lie one below the other share `down`, which every program brings at its beginning.
@@ -71,22 +71,28 @@ def term_variants(storage: str, rank: int) -> list[Geometry]:
         first = Geometry(16, cols, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
         if rank <= FEW_RANKS:
             found += [first, replace(first, rows=32, warps=8, programs=2)]
+            found += [replace(first, programs=5), replace(first, registers=128)]
+            if cols == 512:
+                low = replace(first, rows=32, cols=256)
+                found += [low, replace(low, registers=128)]
         else:
             four = replace(first, rows=64, cols=cols // 4, registers=128, warpgroup=True)
             found += [four, replace(four, programs=3)]
     if rank <= FEW_RANKS:
-        for run, kept in _turned_runs(storage):
+        for run, kept in _turned_runs(storage, output):
             turned = Geometry(16, 32 * run << kept.bit_count(), 4, programs=4, run=run, kept=kept, down=TURNED, ahead=1)
-            found += [turned, replace(turned, rows=32, warps=8, programs=2)]
+            found += [turned, replace(turned, rows=32, warps=8, programs=2), replace(turned, registers=128)]
     return found
 
 
-def _turned_runs(storage: str) -> Sequence[tuple[int, int]]:
-    """Of eight lanes, each with two rows."""
+def _turned_runs(storage: str, output: str) -> Sequence[tuple[int, int]]:
+    """Of eight lanes, each with two rows; none where other lanes are asked for levels."""
     family = READABLE[storage].family
+    if storage.startswith("IQ4") or (family == "four_bit" and output != "fp8"):
+        return ()
     if family == "k16":
         return ((8, 64),)
-    return ((8, 32),) if family == "k32" and storage != "IQ4_XS" else ((16, 0),)
+    return ((8, 32),) if family == "k32" else ((16, 0),)
 
 
 def _runs(storage: str) -> Sequence[tuple[int, int]]:
@@ -109,7 +115,7 @@ def _term_runs(storage: str) -> Sequence[tuple[int, int]]:
 def variants(case: Case) -> list[Geometry]:
     """Every geometry of a case, the present one first."""
     present = decode_geometry.chosen_geometry(case.storage, OUTPUTS[case.output], case.rank)
-    others = term_variants(case.storage, case.rank) if case.rank else plain_variants(case.storage)
+    others = term_variants(case.storage, case.rank, case.output) if case.rank else plain_variants(case.storage)
     return list(dict.fromkeys([present, *others]))
 
 

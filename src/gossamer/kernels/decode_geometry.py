@@ -5,13 +5,13 @@ The numbers come from `benchmarks/tune_decode.py` on an H200, on all linears of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from gossamer.kernels.decode_support import READABLE
-from gossamer.kernels.low_rank import rank_step
+from gossamer.kernels.low_rank import RANK_STEPS, rank_step
 
 # lanes that have rows of their own where the product is that of the transposed factors
 TURNED = 4
@@ -55,7 +55,10 @@ _KEPT = {"k16": 96, "k32": 32, "legacy": 16}
 # families whose codes are bytes that need no decoding, with one scale a row
 _BYTES = ("int8", "fp8", "fp8_e5m2")
 # to fp8 with up to 16 ranks, formats whose product is turned: loads touch half as many rows, and `down` is in registers
-_TURNED = ("Q6_K", "Q8_0")
+_TURNED = {
+    "Q6_K": Geometry(16, 512, 4, registers=128, programs=4, run=8, kept=64, down=TURNED, ahead=1),
+    "Q8_0": Geometry(16, 512, 4, programs=4, run=16, down=TURNED, ahead=1),
+}
 # to wider outputs without terms, formats that gain from the layouts of `decode_gluon`
 _TO_FLOATS = {
     "Q3_K": Geometry(8, 1024, 4, run=8, kept=96, down=1),
@@ -98,34 +101,33 @@ def _plain(storage: str, family: str, dtype: torch.dtype) -> Geometry:
 
 
 def gluon_terms(storage: str, dtype: torch.dtype, rank: int) -> Geometry:
-    """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side.
-
-    128 registers are what four programs leave a thread; where the compiler takes more, there are three of them. Codes
-    of four_bit take so few that there is room for five.
-    """
+    """The geometry of `decode_gluon` for few ranks. Lanes that look levels up have to lie side by side."""
     family = READABLE[storage].family
     if dtype == torch.float8_e4m3fn:
-        few = rank <= 16
-        turned, programs = few and storage in _TURNED, 5 if few and family == "four_bit" else 4
-        rows, cols = (32, 256) if family in _BYTES or not few else (16, 512)
-        registers = None if few and storage != "Q6_K" else 128
-        run, kept = _turned_columns(storage) if turned else _own_columns(storage)
-        down = TURNED if turned else 8
-        return Geometry(rows, cols, 4, registers=registers, programs=programs, run=run, kept=kept, down=down, ahead=1)
+        return _terms_to_fp8(storage, family, rank)
     run = 16 if dtype.itemsize == 1 and family in ("four_bit", "legacy") else 8
     kept = {16: 0, 8: 64 if family == "k16" else 32}[run]
     return Geometry(16, 256, 4, programs=6, run=run, kept=kept, down=8, ahead=1)
+
+
+def _terms_to_fp8(storage: str, family: str, rank: int) -> Geometry:
+    """128 registers are what four programs leave a thread; where the compiler takes more, there are three of them.
+
+    Codes of four_bit take so few that there is room for five.
+    """
+    run, kept = _own_columns(storage)
+    low = Geometry(32, 256, 4, programs=4, run=run, kept=kept, down=8, ahead=1)
+    if rank > RANK_STEPS[0]:
+        return replace(low, registers=128)
+    if family in _BYTES:
+        return low
+    return _TURNED.get(storage) or replace(low, rows=16, cols=512, programs=5 if family == "four_bit" else 4)
 
 
 def _own_columns(storage: str) -> tuple[int, int]:
     """Of a thread with terms to fp8, where four lanes share a row: neighbours, and the bits of further ones."""
     family = READABLE[storage].family
     return 8 if family == "k16" else 16, 64 if storage.startswith("IQ4") else _KEPT.get(family, 64)
-
-
-def _turned_columns(storage: str) -> tuple[int, int]:
-    """The same where eight lanes share a row, and `down` takes registers."""
-    return (8, 64) if READABLE[storage].family == "k16" else (16, 0)
 
 
 def warpgroup_terms(storage: str) -> Geometry:

@@ -160,7 +160,7 @@ def _kept_down(
 ) -> gl.base_value:
     """`down` in registers for the whole program where the product is turned, else in shared memory."""
     if not WARPGROUP:
-        gl.thread_barrier()
+        gl.thread_barrier()  # or the first read of every tile would have it; warpgroups are faster with that
     if DOWN == TURNED:
         MMA: gl.constexpr = product_layout(WEIGHTS, DOWN, False)
         return right.permute((1, 0)).load(gl.DotOperandLayout(0, MMA, 2))
