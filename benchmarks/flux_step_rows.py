@@ -55,8 +55,11 @@ def rows_of(case: Case, kinds: Sequence[str], bench: Bench) -> Iterator[Row]:
     subject: Subject | None = None
     for kind in kinds:
         try:
+            repeats = bench.repeats
+            if subject is not None:  # the chip is warm
+                repeats = replace(repeats, seconds=repeats.seconds / 3)
             subject = subject or Subject(case, bench)
-            measured = subject.measure(kind)
+            measured = subject.measure(kind, repeats)
         except Exception as error:
             if case.system == OURS:
                 raise
@@ -105,7 +108,6 @@ class Subject:
         self.prepass = self._prepass() if case.system == OURS else None
         release_memory(device)
         self.weights = allocated_bytes(device) - self.before
-        self.repeats = bench.repeats  # of the next row
 
     def _prepass(self) -> Prepass:
         made = self.model.modulator = prepass_of(self.model, self.inputs)
@@ -119,7 +121,7 @@ class Subject:
         return measure(modulation, self.bench.work.device, replace(self.bench.repeats, seconds=0.0), 0).median_ms
 
     @torch.no_grad()
-    def measure(self, kind: str) -> Row:
+    def measure(self, kind: str, repeats: Repeats) -> Row:
         """What a row says besides its labels."""
         work = self.bench.work
         detach_all(self.case, self.model)
@@ -128,8 +130,7 @@ class Subject:
         weights = self.weights + adapter_bytes(adapters)
         attach_all(self.case, self.model, adapters)
         del adapters  # PEFT may hold copies, and a user would hold nothing else
-        timing = measure(self._step, work.device, self.repeats, self.before + weights)
-        self.repeats = replace(self.repeats, seconds=self.bench.repeats.seconds / 3)
+        timing = measure(self._step, work.device, repeats, self.before + weights)
         prepass_ms = self._prepass_ms()
         share = prepass_ms / RUN_STEPS
         return {

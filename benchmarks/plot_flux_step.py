@@ -86,10 +86,10 @@ def model_table(rows: Rows) -> str:
     head += ["weights, GB", "beyond, GB", "first call, s", "error"]
     lines = []
     for model in models(rows):
-        times = [_cell(rows.get(f"{model}/{kind}"), "step_ms", 1, ".1f") for kind in ADAPTERS]
+        times = [cell(rows.get(f"{model}/{kind}"), "step_ms", 1, ".1f") for kind in ADAPTERS]
         bare = rows.get(f"{model}/none")
-        rest = [_cell(bare, "weight_bytes", 1e-9, ".1f"), _cell(bare, "peak_bytes", 1e-9, ".2f")]
-        rest += [_cell(bare, "first_call_seconds", 1, ".1f"), _cell(bare, "relative_error", 1, ".4f")]
+        rest = [cell(bare, "weight_bytes", 1e-9, ".1f"), cell(bare, "peak_bytes", 1e-9, ".2f")]
+        rest += [cell(bare, "first_call_seconds", 1, ".1f"), cell(bare, "relative_error", 1, ".4f")]
         name = f"**{model}**" if model.startswith(OURS) else model
         lines.append([name, *times, *rest])
     return table(head, lines)
@@ -107,7 +107,8 @@ def promise_table(rows: Rows) -> str:
     return table(["row", "over", "ratio", "at most", ""], lines, words=(0, 1, 4))
 
 
-def _cell(row: Mapping[str, Any] | None, key: str, factor: float, form: str) -> str:
+def cell(row: Mapping[str, Any] | None, key: str, factor: float, form: str) -> str:
+    """A number of a row in a table: empty where nobody counted it, or there is no row."""
     if row is None:
         return ""
     if "error" in row:

@@ -23,7 +23,7 @@ from flux_step_cases import OURS
 from flux_step_rows import name_of
 from gossamer.bench.markdown import table
 from gossamer.bench.random_flux import ADAPTERS
-from plot_flux_step import models, promise_table, step_ms
+from plot_flux_step import cell, models, promise_table, step_ms
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = tuple(ADAPTERS)  # of adapters, none first
@@ -73,15 +73,18 @@ def step_table(record: Record) -> str:
     lines = []
     for model in models(rows):
         system, storage, compute = model.split("/")
-        bare = rows[f"{model}/none"]
+        bare, adapted = (
+            rows[f"{model}/none"],
+            [rows[f"{model}/{kind}"] for kind in KINDS[1:] if f"{model}/{kind}" in rows],
+        )
         label = f"{system} {storage} -> {compute}".replace(f"{OURS}-copies", f"{OURS}, no copies,")
         label = label.replace(OURS, f"**{OURS}**")
         times = [step_ms(rows, f"{model}/{kind}") for kind in KINDS]
         cells = ["" if each is None else f"{each:.1f}" for each in times]
-        adapted = [row["peak_bytes"] for kind in KINDS[1:] if "peak_bytes" in (row := rows.get(f"{model}/{kind}", {}))]
-        memory = [f"{bare[key] / 1e9:.{places}f}" for key, places in (("weight_bytes", 1), ("peak_bytes", 2))]
-        most = f"{max(adapted) / 1e9:.2f}" if adapted else ""
-        lines.append([label, *cells, *memory, most, f"{bare['relative_error']:.3f}"])
+        most = max(adapted, key=lambda row: row.get("peak_bytes", 0), default=None)
+        cells += [cell(bare, "weight_bytes", 1e-9, ".1f"), cell(bare, "peak_bytes", 1e-9, ".2f")]
+        cells += [cell(most, "peak_bytes", 1e-9, ".2f"), cell(bare, "relative_error", 1, ".3f")]
+        lines.append([label, *cells])
     return table(head, lines) + "\n" + described(record)
 
 
